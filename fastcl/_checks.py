@@ -1,0 +1,135 @@
+"""Bad input is refused in one sentence: what came, what was expected, how to mend it.
+
+Only shapes, dtypes, devices and Python numbers are looked at; a value on a device is never read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Scalar = float | Tensor
+
+
+def sentence(got: str, expected: str, mend: str) -> str:
+    return f"got {got}; expected {expected}. {mend}"
+
+
+def rows(**tensors: Tensor) -> None:
+    """Every tensor is a strided 2-D floating-point matrix; all have one width and one device."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                sentence(f"{name} of type {type(t).__name__}", "a torch.Tensor (rows, features)", "Convert it first.")
+            )
+        if t.dtype not in ROW_DTYPES:
+            raise TypeError(
+                sentence(
+                    f"{name} of dtype {t.dtype}",
+                    "float16, bfloat16, float32 or float64",
+                    f"Call {name}.float(); complex and integer embeddings have no inner product here.",
+                )
+            )
+        if t.layout != torch.strided:
+            raise TypeError(sentence(f"{name} of layout {t.layout}", "a dense tensor", f"Call {name}.to_dense()."))
+        if t.ndim != 2:
+            raise ValueError(
+                sentence(
+                    f"{name} of shape {tuple(t.shape)}",
+                    "two dimensions (rows, features)",
+                    f"Use {name}.flatten(0, -2) to make every leading index a row.",
+                )
+            )
+    (first, a), *others = tensors.items()
+    for name, b in others:
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(
+                sentence(
+                    f"{first} of shape {tuple(a.shape)} and {name} of shape {tuple(b.shape)}",
+                    "the same number of features",
+                    "Project both to one dimension.",
+                )
+            )
+        if a.device != b.device:
+            raise ValueError(
+                sentence(
+                    f"{first} on {a.device} and {name} on {b.device}", "one device", f"Call {name}.to({first}.device)."
+                )
+            )
+
+
+def same_rows(**tensors: Tensor) -> None:
+    """Like :func:`rows`, and row ``i`` of one belongs to row ``i`` of the others."""
+    rows(**tensors)
+    (first, a), *others = tensors.items()
+    for name, b in others:
+        if a.shape != b.shape:
+            raise ValueError(
+                sentence(
+                    f"{first} of shape {tuple(a.shape)} and {name} of shape {tuple(b.shape)}",
+                    "equal shapes: row i of one is the positive of row i of the other",
+                    "Check that both come from the same batch.",
+                )
+            )
+
+
+def stacked(z: Tensor) -> None:
+    """``z`` holds two views of each image: an even number of rows."""
+    rows(z=z)
+    if z.shape[0] % 2:
+        raise ValueError(
+            sentence(
+                f"z of shape {tuple(z.shape)}",
+                "an even number of rows: view 0 of every image, then view 1 of every image",
+                "Stack the views with torch.cat([view0, view1]).",
+            )
+        )
+
+
+def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = False) -> None:
+    """``t`` is one number per row: ``(length,)``, on the device of ``like``, integer or floating as asked."""
+    kind = "integers" if integer else "floating-point numbers"
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            sentence(f"{name} of type {type(t).__name__}", f"a torch.Tensor of {kind}", "Convert it first.")
+        )
+    is_integer = not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)
+    if is_integer != integer or t.dtype.is_complex:
+        raise TypeError(
+            sentence(f"{name} of dtype {t.dtype}", kind, f"Call {name}.{'long' if integer else 'float'}().")
+        )
+    if t.shape != (length,):
+        raise ValueError(
+            sentence(f"{name} of shape {tuple(t.shape)}", f"shape ({length},): one per row", "Match it to the rows.")
+        )
+    if t.device != like.device:
+        raise ValueError(
+            sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", f"Call {name}.to(...).")
+        )
+
+
+def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
+    """A finite number, or a 0-d floating-point tensor, whose value is not read."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                sentence(f"{name} of shape {tuple(value.shape)}", "a number or a 0-d tensor", f"Use {name}.squeeze().")
+            )
+        if not value.dtype.is_floating_point:
+            raise TypeError(sentence(f"{name} of dtype {value.dtype}", "a floating-point tensor", "Call .float()."))
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            sentence(f"{name} of type {type(value).__name__}", "a number or a 0-d tensor", "Call float() on it.")
+        )
+    if not math.isfinite(value) or (positive and value <= 0):
+        what = "a finite number above 0" if positive else "a finite number"
+        raise ValueError(sentence(f"{name} = {value}", what, "Typical temperatures are 0.05 to 0.5."))
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(sentence(f"{name} = {value!r}", f"one of {', '.join(map(repr, options))}", "Choose one."))

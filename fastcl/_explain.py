@@ -1,0 +1,84 @@
+"""Which backend would run a loss, and why the others would not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import functional, pairwise
+from .backends import NAMES, Pairs, forced, select, why_not
+
+_SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1}
+
+
+def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Say which backend runs each kernel of a loss on tensors like these, and why the others do not.
+
+    The loss is traced without computing anything, forward and (where an input wants a gradient) backward.
+
+    Args:
+        loss: a module or function, or a name in ``fastcl.functional`` or ``fastcl.pairwise``.
+        args, kwargs: its arguments; for a name, temperature, scale, bias and topk may be left out.
+
+    Raises:
+        ValueError: no function has that name.
+
+    Example:
+        >>> print(fastcl.explain("nt_xent", torch.randn(512, 128)))
+        pair_reduce (512 x 512 x 128, float32 on cpu): chunked
+          not triton: needs CUDA tensors or TRITON_INTERPRET=1, got cpu
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if isinstance(loss, str):
+        loss, kwargs = _named(loss, kwargs)
+    calls: dict[tuple[Any, ...], tuple[str, Pairs]] = {}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "fastcl":
+                name = func._schema.name.removeprefix("fastcl::")
+                start = 0 if name == "pair_topk" else 1  # after `link`
+                pairs = Pairs(*args[start : start + len(Pairs._fields)])
+                calls.setdefault((name, pairs.x.shape, pairs.y.shape, pairs.x.dtype), (name, pairs))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Recorder():
+        fakes = [fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake_kwargs = {k: fake.from_tensor(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        result = loss(*fakes, **fake_kwargs)
+        if isinstance(result, Tensor) and result.requires_grad:
+            result.sum().backward()
+    return "\n".join(_describe(*call) for call in calls.values()) or "no fastcl kernel is called"
+
+
+def _named(name: str, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    function = getattr(functional, name, None) or getattr(pairwise, name, None)
+    if name.startswith("_") or not inspect.isfunction(function):
+        raise ValueError(
+            f"got the name {name!r}; expected a function of fastcl.functional or fastcl.pairwise. Check the spelling."
+        )
+    needed = {n: v for n, v in _SOME_VALUE.items() if n in inspect.signature(function).parameters}
+    return function, {**needed, **kwargs}
+
+
+def _describe(name: str, pairs: Pairs) -> str:
+    op = name.removeprefix("pair_")
+    (m, d), n = pairs.x.shape, pairs.y.shape[0]
+    dtype = str(pairs.x.dtype).removeprefix("torch.")
+    try:
+        chosen = select(op, pairs, forced()).__name__.rsplit(".", 1)[-1]
+    except RuntimeError as error:
+        chosen = f"none ({error})"
+    lines = [f"{name} ({m} x {n} x {d}, {dtype} on {pairs.x.device}): {chosen}"]
+    for other in NAMES:
+        if other != chosen:
+            reason = why_not(other, op, pairs)
+            if reason is None:
+                reason = f"{chosen} comes first" if forced() == "auto" else f"{forced()} is forced"
+            lines.append(f"  not {other}: {reason}")
+    return "\n".join(lines)

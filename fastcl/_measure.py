@@ -1,0 +1,73 @@
+"""How long something takes and how much memory it needs, the same way everywhere in the project."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print two lines for every measurement
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Most tensor memory alive at one moment of ``step()``, in bytes, above what was alive before it.
+
+    On CUDA this is the allocator's own peak counter. On the CPU every allocation and release is traced by the
+    profiler, so the figure is exact and repeatable; memory that a library takes behind torch's back is not seen.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda event: event[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def interleaved_seconds(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 7,
+    device: torch.device | str = "cpu",
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender in each of ``rounds`` rounds, one after the other in every round.
+
+    Interleaving lets a machine whose speed drifts slow all contenders alike; compare medians or ratios, round by round.
+    """
+    cuda = torch.device(device).type == "cuda"
+
+    def timed(step: Callable[[], object]) -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for step in contenders.values():
+        timed(step)  # warm-up: compilation, allocator, thread pools
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            seconds[name].append(timed(step))
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over rounds of ``slow / fast``: how many times faster the second contender is."""
+    return median(a / b for a, b in zip(slow, fast, strict=True))

@@ -1,0 +1,156 @@
+"""Which kernels run, and why not others: the contract of a backend and the one dispatch table.
+
+A backend is a module with three kernels over the same :class:`Pairs` (their mathematics stands in ``fastcl._ops``) ::
+
+    unsupported(op, pairs) -> str | None              # a reason in words, or None: "I can do this"
+    reduce(link, pairs, both) -> (row, col)
+    grad(link, pairs, sides, want_dx, want_dy, want_sums) -> (dx, dy, row_sum, col_sum)
+    topk(pairs, topk) -> (values, indices)
+
+``op`` is one of ``OPS``. To add a backend, add a file here and its name to ``PREFERENCE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import _settings
+
+# Device type -> backends, best first. A device that is not listed takes the first line's last resort.
+PREFERENCE = {
+    "cuda": ("triton", "chunked"),
+    "cpu": ("chunked", "triton"),  # triton runs on CPU tensors in its interpreter only: for tests
+}
+OTHER_DEVICES = ("chunked", "triton")
+NAMES = ("chunked", "triton")
+OPS = ("reduce", "grad", "topk")
+
+
+class Pairs(NamedTuple):
+    """The implicit matrix: how a logit is formed, and which pairs are kept. It travels as one thing."""
+
+    x: Tensor  # (M, D) rows
+    y: Tensor  # (N, D) columns, same dtype
+    scale: Tensor  # () fp32, or fp64 for fp64 rows
+    row_bias: Tensor | None = None  # (M,)
+    col_bias: Tensor | None = None  # (N,)
+    drop_x: Tensor | None = None  # (M,) integers: pairs whose drop keys are equal are forgotten
+    drop_y: Tensor | None = None  # (N,)
+    only_x: Tensor | None = None  # (M,) integers: pairs whose only keys differ are forgotten
+    only_y: Tensor | None = None  # (N,)
+    row_ceiling: Tensor | None = None  # (M,): pairs whose logit is above it are forgotten
+    col_ceiling: Tensor | None = None  # (N,)
+    symmetric: bool = False  # y is x, s_ij = s_ji and both are kept or forgotten together
+
+    def swapped(self) -> Pairs:
+        """The transposed matrix: columns become rows."""
+        return Pairs(
+            self.y, self.x, self.scale, self.col_bias, self.row_bias,
+            self.drop_y, self.drop_x, self.only_y, self.only_x,
+            self.col_ceiling, self.row_ceiling, self.symmetric,
+        )  # fmt: skip
+
+
+class Sides(NamedTuple):
+    """Upstream gradients of the row and the column results; the exponential link also needs those results."""
+
+    row_lse: Tensor | None = None  # (M,), +inf for a row with no kept pair: e^(s - inf) = 0
+    row_grad: Tensor | None = None  # (M,)
+    col_lse: Tensor | None = None  # (N,)
+    col_grad: Tensor | None = None  # (N,)
+
+    def swapped(self) -> Sides:
+        return Sides(self.col_lse, self.col_grad, self.row_lse, self.row_grad)
+
+
+# A plain global: autograd runs backward on threads of its own, which do not inherit a ContextVar. A loss reads it once,
+# in forward, and its backward runs on the same backend even if the context has ended.
+_forced: str = _settings.backend
+
+
+def forced() -> str:
+    """The backend that ``use_backend`` or ``FASTCL_BACKEND`` asks for, or ``"auto"``."""
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every loss called inside the block, and later its backward, on one backend.
+
+    Args:
+        name: ``"chunked"``, ``"triton"``, or ``"auto"`` for the dispatch table.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: raised by the loss, when the backend cannot do what the loss needs; it says why.
+
+    Example:
+        >>> with fastcl.use_backend("chunked"):
+        ...     value = loss(view0, view1)
+    """
+    global _forced
+    _check_name(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def select(op: str, pairs: Pairs, name: str = "auto") -> ModuleType:
+    """The named backend, or the first in ``PREFERENCE`` that can do ``op`` on these pairs."""
+    _check_name(name)
+    for candidate in _order(pairs.x) if name == "auto" else (name,):
+        reason = why_not(candidate, op, pairs)
+        if reason is None:
+            return _load(candidate)
+    raise RuntimeError(
+        f"fastcl backend {name!r} cannot run pair_{op} on {tuple(pairs.x.shape)} {pairs.x.dtype} on {pairs.x.device}: "
+        f"{reason}. Use fastcl.use_backend('auto') to let fastcl choose."
+    )
+
+
+def why_not(name: str, op: str, pairs: Pairs) -> str | None:
+    """The reason why a backend cannot do ``op`` on these pairs, or ``None``."""
+    try:
+        backend = _load(name)
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+    return backend.unsupported(op, pairs)
+
+
+def available_backends(*tensors: Tensor) -> list[str]:
+    """Backends that can compute a loss and its gradient on tensors like these, best first.
+
+    Args:
+        tensors: one or two sets of rows ``(M, D)``, ``(N, D)``; none means an fp32 CPU batch.
+    """
+    import torch
+
+    x = tensors[0] if tensors else torch.empty(2, 8)
+    pairs = Pairs(x, tensors[1] if len(tensors) > 1 else x, torch.ones((), device=x.device))
+    return [n for n in _order(x) if all(why_not(n, op, pairs) is None for op in ("reduce", "grad"))]
+
+
+def _order(x: Tensor) -> tuple[str, ...]:
+    return PREFERENCE.get(x.device.type, OTHER_DEVICES)
+
+
+def _check_name(name: str) -> None:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(
+            f"got backend {name!r}; expected one of {', '.join(NAMES)}, auto. "
+            "Mend the name given to fastcl.use_backend or FASTCL_BACKEND."
+        )
+
+
+@lru_cache(maxsize=None)
+def _load(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")

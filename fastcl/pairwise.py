@@ -1,0 +1,475 @@
+"""Differentiable reductions over all pairs of rows, without the pair matrix.
+
+Every function here looks at the implicit matrix of logits
+
+    s_ij = scale * <q_i, k_j> + row_bias_i + col_bias_j
+
+and reduces over the pairs that are *kept*. Which pairs those are is said with integers, one per row, so a mask costs
+O(N): ``drop`` forgets pairs whose keys are equal ("not itself": ``drop=torch.arange(N)``), ``only`` forgets pairs whose
+keys differ ("same class": ``only=labels``), ``ceiling`` forgets pairs whose logit is above the row's ("no harder than
+the positive by delta": ``ceiling=positive + delta``).
+
+Rows may be float16, bfloat16, float32 or float64. Under ``torch.autocast`` the operands are rounded to its dtype;
+logits, sums and gradients are fp32 (fp64 for fp64 rows) in any case. Gradients have the dtype of their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops
+from ._checks import Scalar, sentence
+from .backends import Pairs, Sides, forced
+
+Keys = Tensor | tuple[Tensor, Tensor] | None  # one tensor for both sides, or (row keys, column keys)
+
+_ONE_DERIVATIVE = (
+    "got a second derivative (create_graph=True) through a fused fastcl loss; expected one backward pass. "
+    "Use the function of the same name in fastcl.reference, which is plain differentiable torch."
+)
+_NO_TRANSFORMS = (
+    "got a torch.func transform (vmap, grad, jvp) around a fused fastcl loss; expected plain autograd. "
+    "Use the function of the same name in fastcl.reference, which is plain torch."
+)
+
+
+def pair_logsumexp(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: Scalar,
+    row_bias: Scalar | None = None,
+    col_bias: Scalar | None = None,
+    drop: Keys = None,
+    only: Keys = None,
+    ceiling: Tensor | None = None,
+    both: bool = False,
+) -> Any:
+    r"""Log-sum-exp of the kept logits of every row.
+
+    .. math:: r_i = \log \sum_{j \text{ kept}} e^{s_{ij}}
+
+    Args:
+        q: ``(M, D)`` rows.
+        k: ``(N, D)`` columns; ``q`` itself when omitted, which costs less than half.
+        scale: a number other than 0, or a 0-d tensor, which receives a gradient. May be negative.
+        row_bias: a number, a 0-d tensor or ``(M,)``, in logits; a tensor receives a gradient.
+        col_bias: the same for columns, ``(N,)``.
+        drop: integer keys; pairs with equal keys are forgotten.
+        only: integer keys; pairs with different keys are forgotten.
+        ceiling: ``(M,)`` logits; pairs above their row's are forgotten. It receives no gradient.
+        both: also return the log-sum-exp of every column.
+
+    Returns:
+        ``(M,)``, or the pair ``(M,), (N,)`` with ``both=True``; fp32, or fp64 for fp64 rows. ``-inf`` where a row has
+        no kept pair; such a row sends no gradient.
+
+    Raises:
+        TypeError: rows that are not floating-point matrices, keys that are not integers.
+        ValueError: shapes or devices that do not fit, a scale of 0.
+        RuntimeError: a second derivative or a ``torch.func`` transform; a forced backend that cannot do it.
+
+    Where ``k`` receives no gradient, that of ``q`` is computed in the forward pass: the backward then reads neither
+    ``k`` nor anything of size N, and ``k`` may be overwritten before it (a queue of keys may move on).
+    """
+    return _reduce("exp", q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
+
+
+def pair_softplus_sum(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: Scalar,
+    row_bias: Scalar | None = None,
+    col_bias: Scalar | None = None,
+    drop: Keys = None,
+    only: Keys = None,
+    ceiling: Tensor | None = None,
+    both: bool = False,
+) -> Any:
+    r"""Sum of the softplus of the kept logits of every row, :math:`\sum_{j \text{ kept}} \log(1 + e^{s_{ij}})`.
+
+    Arguments, result and errors are those of :func:`pair_logsumexp`; a row with no kept pair gives 0.
+    """
+    return _reduce("softplus", q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
+
+
+def merge_logsumexp(*parts: Tensor) -> Tensor:
+    """Log-sum-exp of blocks of columns that were reduced one by one (batch, hard negatives, queue): each ``(M,)``.
+
+    A row that is empty (``-inf``) in every block stays ``-inf`` and sends no gradient.
+    """
+    stack = torch.stack(parts)
+    empty = (stack == -torch.inf).all(0)
+    # logsumexp differentiates an all-empty row to NaN: it is given a harmless one instead
+    return torch.where(empty, -torch.inf, stack.masked_fill(empty, 0).logsumexp(0))
+
+
+def row_dot(q: Tensor, k: Tensor) -> Tensor:
+    """Inner product of row ``i`` of ``q`` with row ``i`` of ``k``: the positive pairs.
+
+    Args:
+        q, k: ``(M, D)``.
+
+    Returns:
+        ``(M,)`` fp32 (fp64), from operands rounded exactly as those of the pair reductions are.
+    """
+    _checks.same_rows(q=q, k=k)
+    return _apply(_RowDot, q, _distinct(k, q), _operand_dtype(q, k))
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Rows of Euclidean length 1.
+
+    Args:
+        x: ``(M, D)``.
+
+    Returns:
+        ``(M, D)`` in the dtype of ``x``, computed in fp32 (fp64). Rows from the smallest normal number to the largest
+        finite one are right in every dtype (the squares of neither over- nor underflow); a shorter row, such as a zero
+        row, gives a zero row and a zero gradient.
+    """
+    _checks.rows(x=x)
+    return _apply(_Normalize, x)
+
+
+@torch.no_grad()
+def pair_argmax(
+    q: Tensor, k: Tensor | None = None, *, drop: Keys = None, only: Keys = None, largest: bool = True
+) -> Tensor:
+    """Index of the most similar (or with ``largest=False`` the least similar) kept column of every row.
+
+    Args:
+        q: ``(M, D)``.
+        k: ``(N, D)``; ``q`` itself when omitted.
+        drop, only: keys, as in :func:`pair_logsumexp`.
+
+    Returns:
+        ``(M,)`` int64; the first index among equals, -1 where no pair is kept.
+    """
+    return pair_topk(q, k, topk=1, drop=drop, only=only, largest=largest)[1].squeeze(1)
+
+
+@torch.no_grad()
+def pair_topk(
+    q: Tensor, k: Tensor | None = None, *, topk: int, drop: Keys = None, only: Keys = None, largest: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The ``topk`` most similar (or least similar) kept columns of every row, best first.
+
+    Args:
+        q: ``(M, D)``.
+        k: ``(N, D)``; ``q`` itself when omitted.
+        topk: how many, at least 1.
+        drop, only: keys, as in :func:`pair_logsumexp`.
+
+    Returns:
+        Similarities ``<q_i, k_j>``, ``(M, topk)`` fp32 (fp64), and indices, ``(M, topk)`` int64. Where fewer pairs are
+        kept the index is -1 and the similarity -inf (+inf with ``largest=False``). No gradient.
+    """
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(sentence(f"topk = {topk!r}", "an integer of at least 1", "Ask for one neighbour or more."))
+    sign = 1.0 if largest else -1.0
+    _refuse_transforms()
+    pairs = _pairs(q, k, sign, drop=drop, only=only)
+    values, indices = _ops.pair_topk(*_rounded(pairs, _operand_dtype(pairs.x, pairs.y)), topk, forced())
+    return values * sign, indices
+
+
+def _reduce(
+    link: str,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Scalar,
+    row_bias: Scalar | None,
+    col_bias: Scalar | None,
+    drop: Keys,
+    only: Keys,
+    ceiling: Tensor | None,
+    both: bool,
+) -> Any:
+    pairs = _pairs(q, k, scale, row_bias, col_bias, drop, only, ceiling)
+    if both:
+        pairs = pairs._replace(symmetric=False)
+    dtype = _operand_dtype(pairs.x, pairs.y)
+    needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs)
+    frozen_k = not (pairs.symmetric or both or pairs.y.requires_grad)
+    frozen_k = frozen_k and (pairs.col_bias is None or not pairs.col_bias.requires_grad)
+    if needs_grad and frozen_k:
+        return _apply(_ReduceFrozen, link, forced(), dtype, *pairs)
+    row, col = _apply(_Reduce, link, forced(), dtype, both, *pairs)
+    return (row, col) if both else row
+
+
+def _once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """torch's decorator of that name, in our words, and also where the upstream gradient is a constant."""
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            result = backward(ctx, *grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _SecondDerivative.apply(torch.empty(0, requires_grad=True), *result)
+        return result
+
+    return once
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Passes gradients on and refuses to be differentiated; the first argument only makes autograd record it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Any, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(_ONE_DERIVATIVE)
+
+
+class _Reduce(torch.autograd.Function):
+    """A pair reduction whose backward computes the tiles again."""
+
+    @staticmethod
+    def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, both: bool, *args: Any) -> tuple[Tensor, Tensor]:
+        pairs = Pairs(*args)
+        ctx.dtypes = [None if t is None else t.dtype for t in pairs[:5]]
+        pairs = _rounded(pairs, dtype)
+        row, col = _ops.pair_reduce(link, *pairs, both, backend)
+        ctx.link, ctx.backend, ctx.symmetric, ctx.both = link, backend, pairs.symmetric, both
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(row, col, *pairs[:-1])
+        if not both:
+            ctx.mark_non_differentiable(col)
+        return row, col
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, row_grad: Tensor | None, col_grad: Tensor | None) -> tuple[Any, ...]:
+        row, col, *saved = ctx.saved_tensors
+        pairs = Pairs(*saved)._replace(symmetric=ctx.symmetric)
+        want_q, want_k, want_scale, want_row_bias, want_col_bias = ctx.needs_input_grad[4:9]
+        if not ctx.both:  # torch.compile sends zeros where eager sends None
+            col_grad = None
+        if row_grad is None and col_grad is None:
+            return (None,) * (4 + len(pairs))
+        row_side = (None, None) if row_grad is None else (_empty_to_inf(row), row_grad.contiguous())
+        col_side = (None, None) if col_grad is None else (_empty_to_inf(col), col_grad.contiguous())
+        if pairs.symmetric:
+            col_side = row_side
+        dq, dk, row_sum, col_sum = _ops.pair_grad(
+            ctx.link, *pairs, *row_side, *col_side,
+            want_q or want_scale, want_k and not pairs.symmetric, want_row_bias or want_col_bias, ctx.backend,
+        )  # fmt: skip
+        # A symmetric pass sees every pair from both of its sides, so it counts scale and biases twice.
+        half = 0.5 if pairs.symmetric else 1.0
+        if pairs.symmetric:
+            col_sum = row_sum
+        dscale = (pairs.x * dq).sum() * half if want_scale else None
+        grads = (
+            dq.mul_(pairs.scale) if want_q else None,
+            dk.mul_(pairs.scale) if want_k and not pairs.symmetric else None,
+            dscale,
+            row_sum * half if want_row_bias else None,
+            col_sum * half if want_col_bias else None,
+        )
+        cast = (None if g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True))
+        return None, None, None, None, *cast, *(None,) * (len(pairs) - 5)
+
+
+class _ReduceFrozen(torch.autograd.Function):
+    """A pair reduction over columns that receive no gradient.
+
+    The gradient of row i is then its upstream gradient times a vector that the forward can compute, so the backward is
+    elementwise and does not read k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, *args: Any) -> Tensor:
+        pairs = Pairs(*args)
+        ctx.dtypes = [None if t is None else t.dtype for t in pairs[:4]]
+        pairs = _rounded(pairs, dtype)
+        want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
+        row, _ = _ops.pair_reduce(link, *pairs, False, backend)
+        unit = Sides(_empty_to_inf(row), torch.ones_like(row))
+        dq, _, row_sum, _ = _ops.pair_grad(link, *pairs, *unit, want_q or want_scale, False, want_row_bias, backend)
+        dscale = (pairs.x * dq).sum(1) if want_scale else None
+        ctx.save_for_backward(dq.mul_(pairs.scale) if want_q else None, dscale, row_sum if want_row_bias else None)
+        return row
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dq, dscale, row_sum = ctx.saved_tensors
+        q_dtype, _, scale_dtype, bias_dtype = ctx.dtypes
+        return (
+            None, None, None,
+            None if dq is None else (grad[:, None] * dq).to(q_dtype),
+            None,
+            None if dscale is None else (grad * dscale).sum().to(scale_dtype),
+            None if row_sum is None else (grad * row_sum).to(bias_dtype),
+            *(None,) * (len(Pairs._fields) - 4),
+        )  # fmt: skip
+
+
+class _RowDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = q.dtype, k.dtype
+        x, y = q.to(dtype), k.to(dtype)
+        ctx.save_for_backward(x, y)
+        compute = _compute_dtype(dtype)
+        return (x.to(compute) * y.to(compute)).sum(1)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y = ctx.saved_tensors
+        want_q, want_k, _ = ctx.needs_input_grad
+        q_dtype, k_dtype = ctx.dtypes
+        g = grad[:, None]
+        return (g * y).to(q_dtype) if want_q else None, (g * x).to(k_dtype) if want_k else None, None
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        compute = _compute_dtype(x.dtype)
+        x = x.to(compute)
+        # Dividing by the largest entry first keeps squares in range: fp32 squares of 1e-30 would all be 0.
+        largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+        zero = largest < torch.finfo(compute).tiny
+        x = x / largest.masked_fill(zero, 1)
+        length = x.norm(dim=1, keepdim=True)
+        unit = torch.where(zero, 0, x / length.masked_fill(zero, 1))
+        ctx.save_for_backward(unit, torch.where(zero, torch.inf, length * largest))
+        return unit.to(ctx.dtype)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        unit, length = ctx.saved_tensors
+        grad = grad.to(unit.dtype)
+        return ((grad - unit * (unit * grad).sum(1, keepdim=True)) / length).to(ctx.dtype)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    _refuse_transforms()
+    return function.apply(*args)
+
+
+def _refuse_transforms() -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NO_TRANSFORMS)
+
+
+def _pairs(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Scalar,
+    row_bias: Scalar | None = None,
+    col_bias: Scalar | None = None,
+    drop: Keys = None,
+    only: Keys = None,
+    ceiling: Tensor | None = None,
+) -> Pairs:
+    """Everything checked, scalars as tensors on the device of the rows."""
+    one_set = k is None or k is q
+    y = q if k is None else k
+    _checks.rows(q=q, k=y)
+    y = _distinct(y, q)
+    _checks.scalar("scale", scale)
+    if not isinstance(scale, Tensor) and scale == 0:
+        raise ValueError(sentence("scale = 0", "any other number", "A scale of 0 makes all logits equal."))
+    if ceiling is not None:
+        _checks.vector("ceiling", ceiling, q.shape[0], q)
+    drop_x, drop_y = _keys("drop", drop, q, y)
+    only_x, only_y = _keys("only", only, q, y)
+    equal_biases = row_bias is col_bias or (_is_uniform(row_bias) and _is_uniform(col_bias))
+    return Pairs(
+        x=q,
+        y=y,
+        scale=_as_tensor(scale, q),
+        row_bias=_bias("row_bias", row_bias, q),
+        col_bias=_bias("col_bias", col_bias, y, row_bias),
+        drop_x=drop_x,
+        drop_y=drop_y,
+        only_x=only_x,
+        only_y=only_y,
+        row_ceiling=None if ceiling is None else ceiling.detach(),
+        symmetric=one_set and _is_shared(drop) and _is_shared(only) and ceiling is None and equal_biases,
+    )
+
+
+def _keys(name: str, keys: Keys, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if keys is None:
+        return None, None
+    row_keys, col_keys = keys if isinstance(keys, tuple) else (keys, keys)
+    _checks.vector(f"{name} (of the rows)", row_keys, q.shape[0], q, integer=True)
+    _checks.vector(f"{name} (of the columns)", col_keys, k.shape[0], k, integer=True)
+    return row_keys.long(), _distinct(col_keys, row_keys).long()
+
+
+def _is_shared(keys: Keys) -> bool:
+    return not isinstance(keys, tuple) or keys[0] is keys[1]
+
+
+def _distinct(t: Tensor, other: Tensor) -> Tensor:
+    """``t`` under another name, for torch.compile refuses one tensor in two arguments of an autograd.Function."""
+    return t.view_as(t) if t is other else t
+
+
+def _bias(name: str, bias: Scalar | None, rows: Tensor, other: Scalar | None = None) -> Tensor | None:
+    if bias is None:
+        return None
+    if _is_uniform(bias):
+        _checks.scalar(name, bias)
+        return _as_tensor(bias, rows).expand(rows.shape[0])
+    assert isinstance(bias, Tensor)
+    _checks.vector(name, bias, rows.shape[0], rows)
+    return bias.view_as(bias) if bias is other else bias
+
+
+def _is_uniform(bias: Scalar | None) -> bool:
+    return not isinstance(bias, Tensor) or bias.ndim == 0
+
+
+def _as_tensor(value: Scalar, rows: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(rows.device)
+    return torch.full((), value, dtype=_compute_dtype(rows.dtype), device=rows.device)
+
+
+def _rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
+    """Operands in the dtype of the kernels, the numbers beside them in the dtype of the results."""
+    compute = _compute_dtype(dtype)
+    x = pairs.x.to(dtype)
+    return pairs._replace(
+        x=x,
+        y=x if pairs.symmetric else pairs.y.to(dtype),
+        scale=pairs.scale.to(compute),
+        row_bias=None if pairs.row_bias is None else pairs.row_bias.to(compute),
+        col_bias=None if pairs.col_bias is None else pairs.col_bias.to(compute),
+        row_ceiling=None if pairs.row_ceiling is None else pairs.row_ceiling.to(compute),
+    )
+
+
+def _operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    device = q.device.type
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _empty_to_inf(lse: Tensor) -> Tensor:
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
