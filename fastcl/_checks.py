@@ -125,7 +125,7 @@ def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
         raise TypeError(
             sentence(f"{name} of type {type(value).__name__}", "a number or a 0-d tensor", "Call float() on it.")
         )
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):  # a NaN compares false
         what = "a finite number above 0" if positive else "a finite number"
         raise ValueError(sentence(f"{name} = {value}", what, "Typical temperatures are 0.05 to 0.5."))
 

@@ -67,7 +67,7 @@ def _named(name: str, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[
 
 
 def _describe(name: str, pairs: Pairs) -> str:
-    op = name.removeprefix("pair_")
+    op = "grad" if name == "pair_reduce_grad" else name.removeprefix("pair_")
     (m, d), n = pairs.x.shape, pairs.y.shape[0]
     dtype = str(pairs.x.dtype).removeprefix("torch.")
     try:

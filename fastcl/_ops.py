@@ -1,4 +1,4 @@
-"""Three kernels as torch operators: schemas, fakes and dispatch.
+"""The kernels as torch operators: schemas, fakes and dispatch.
 
 ::
 
@@ -13,6 +13,9 @@
     pair_reduce  -> row (M,), and with `both` the same over columns, col (N,)
     pair_grad    -> dx_i = sum_j w_ij y_j (M, D)    dy_j = sum_i w_ij x_i (N, D)
                     row_sum_i = sum_j w_ij (M,)     col_sum_j = sum_i w_ij (N,)
+    pair_reduce_grad -> row (M,), and dx, row_sum of pair_grad for row_grad = 1: where y is frozen, the gradient of
+                    row i is row_grad_i times what the forward knows. One operator, not two, because torch.compile
+                    moves an operator that only the backward needs there, past the writes of a queue into its y.
     pair_topk    -> the largest s_ij of every row, descending (M, K), and their j (M, K);
                     -inf and -1 where fewer pairs are kept
 
@@ -43,6 +46,10 @@ torch.library.define("fastcl::pair_reduce", f"(str link, {_PAIRS}, bool both, st
 torch.library.define(
     "fastcl::pair_grad", f"(str link, {_PAIRS}, {_SIDES}, {_WANT}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+torch.library.define(
+    "fastcl::pair_reduce_grad",
+    f"(str link, {_PAIRS}, bool want_dx, bool want_sums, str backend) -> (Tensor, Tensor, Tensor)",
+)
 torch.library.define("fastcl::pair_topk", f"({_PAIRS}, int topk, str backend) -> (Tensor, Tensor)")
 
 
@@ -54,15 +61,31 @@ def _reduce(link: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("fastcl::pair_grad", "CompositeExplicitAutograd")
 def _grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs, sides = Pairs(*args[:_N_PAIRS]), Sides(*args[_N_PAIRS : _N_PAIRS + _N_SIDES])
+    pairs, (row_lse, row_grad, col_lse, col_grad) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS : _N_PAIRS + _N_SIDES]
+    sides = Sides(_empty_to_inf(row_lse), row_grad, _empty_to_inf(col_lse), col_grad)
     *want, backend = args[_N_PAIRS + _N_SIDES :]
     return select("grad", pairs, backend).grad(link, pairs, sides, *want)
+
+
+@torch.library.impl("fastcl::pair_reduce_grad", "CompositeExplicitAutograd")
+def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, (want_dx, want_sums, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
+    kernels = select("grad", pairs, backend)
+    row, _ = kernels.reduce(link, pairs, False)
+    unit = Sides(_empty_to_inf(row), torch.ones_like(row))
+    dx, _, row_sum, _ = kernels.grad(link, pairs, unit, want_dx, False, want_sums)
+    return row, dx, row_sum
 
 
 @torch.library.impl("fastcl::pair_topk", "CompositeExplicitAutograd")
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     pairs, (topk, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
     return select("topk", pairs, backend).topk(pairs, topk)
+
+
+def _empty_to_inf(lse: Tensor | None) -> Tensor | None:
+    """A row without kept pairs has lse -inf; its weights are e^(s - inf) = 0."""
+    return None if lse is None else lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -86,6 +109,13 @@ def _fake_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Ten
     )
 
 
+@torch.library.register_fake("fastcl::pair_reduce_grad")
+def _fake_reduce_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    want_dx, want_sums, _ = args[-3:]
+    m = x.shape[0]
+    return _new(x, m), _new(x, *x.shape) if want_dx else _new(x, 0), _new(x, m if want_sums else 0)
+
+
 @torch.library.register_fake("fastcl::pair_topk")
 def _fake_topk(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     topk = args[-2]
@@ -94,4 +124,5 @@ def _fake_topk(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 pair_reduce = torch.ops.fastcl.pair_reduce.default
 pair_grad = torch.ops.fastcl.pair_grad.default
+pair_reduce_grad = torch.ops.fastcl.pair_reduce_grad.default
 pair_topk = torch.ops.fastcl.pair_topk.default

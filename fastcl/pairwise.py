@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._checks import Scalar, sentence
-from .backends import Pairs, Sides, forced
+from .backends import Pairs, forced
 
 Keys = Tensor | tuple[Tensor, Tensor] | None  # one tensor for both sides, or (row keys, column keys)
 
@@ -257,8 +257,8 @@ class _Reduce(torch.autograd.Function):
             col_grad = None
         if row_grad is None and col_grad is None:
             return (None,) * (4 + len(pairs))
-        row_side = (None, None) if row_grad is None else (_empty_to_inf(row), row_grad.contiguous())
-        col_side = (None, None) if col_grad is None else (_empty_to_inf(col), col_grad.contiguous())
+        row_side = (None, None) if row_grad is None else (row, row_grad)
+        col_side = (None, None) if col_grad is None else (col, col_grad)
         if pairs.symmetric:
             col_side = row_side
         dq, dk, row_sum, col_sum = _ops.pair_grad(
@@ -294,9 +294,7 @@ class _ReduceFrozen(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in pairs[:4]]
         pairs = _rounded(pairs, dtype)
         want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
-        row, _ = _ops.pair_reduce(link, *pairs, False, backend)
-        unit = Sides(_empty_to_inf(row), torch.ones_like(row))
-        dq, _, row_sum, _ = _ops.pair_grad(link, *pairs, *unit, want_q or want_scale, False, want_row_bias, backend)
+        row, dq, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, want_row_bias, backend)
         dscale = (pairs.x * dq).sum(1) if want_scale else None
         ctx.save_for_backward(dq.mul_(pairs.scale) if want_q else None, dscale, row_sum if want_row_bias else None)
         return row
@@ -469,7 +467,3 @@ def _operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _empty_to_inf(lse: Tensor) -> Tensor:
-    return lse.masked_fill(lse == -torch.inf, torch.inf)

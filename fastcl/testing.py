@@ -83,6 +83,6 @@ CASES = (
     LossCase("info_nce", lambda b: (b, b, 3 * b + 1), {"temperature": 0.07}),
     LossCase("info_nce", lambda b: (b, b, b // 2 + 1), {"temperature": 0.07}, row_arguments=("extra_negatives",)),
     LossCase("clip", lambda b: (b, b), {"scale": 14.0}),
-    LossCase("siglip", lambda b: (b, b), {"scale": 10.0, "bias": -10.0}),
+    LossCase("siglip", lambda b: (b, b), {"scale": 10.0, "bias": -3.0}),
     LossCase("supcon", lambda b: (2 * b,), {"temperature": 0.1}, labels=True),
 )

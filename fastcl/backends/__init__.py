@@ -61,7 +61,7 @@ class Pairs(NamedTuple):
 class Sides(NamedTuple):
     """Upstream gradients of the row and the column results; the exponential link also needs those results."""
 
-    row_lse: Tensor | None = None  # (M,), +inf for a row with no kept pair: e^(s - inf) = 0
+    row_lse: Tensor | None = None  # (M,), +inf for a row with no kept pair
     row_grad: Tensor | None = None  # (M,)
     col_lse: Tensor | None = None  # (N,)
     col_grad: Tensor | None = None  # (N,)

@@ -44,7 +44,7 @@ def grad(
     link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(pairs.x)
-    x, y = pairs.x.to(dtype), pairs.y.to(dtype)
+    x, y = _operands(pairs, dtype)
     dx = torch.zeros_like(x) if want_dx else x.new_empty(0)
     dy = torch.zeros_like(y) if want_dy else y.new_empty(0)
     row_sum, col_sum = (x.new_zeros(len(t) if want_sums else 0, dtype=_sum_dtype(x)) for t in (x, y))
@@ -85,7 +85,8 @@ def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, Tensor]]:
     -inf is what makes one rule serve everything: e^-inf = softplus(-inf) = sigmoid(-inf) = 0.
     """
     dtype = _compute_dtype(pairs.x)
-    x, y = pairs.x.to(dtype) * pairs.scale, pairs.y.to(dtype)
+    x, y = _operands(pairs, dtype)
+    x = x * pairs.scale
     side = _tile_side(x)
     with torch.autocast(x.device.type, enabled=False):
         for i in range(0, len(x), side):
@@ -128,6 +129,12 @@ def _weights(link: str, s: Tensor, sides: Sides, rows: slice, cols: slice) -> Te
         return s.sub_(row_lse[rows, None]).exp_().mul_(row_grad[rows, None])
     w = (s - row_lse[rows, None]).exp_().mul_(row_grad[rows, None])
     return w.add_(s.sub_(col_lse[cols]).exp_().mul_(col_grad[cols]))
+
+
+def _operands(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Contiguous, so that the matrix product adds in one order, and gives the same bits, whatever the strides were."""
+    x = pairs.x.to(dtype).contiguous()
+    return x, x if pairs.symmetric else pairs.y.to(dtype).contiguous()
 
 
 def _tile_side(x: Tensor) -> int:

@@ -1,0 +1,442 @@
+"""Every loss on every backend against its definition in fp64, and the promises that all losses share."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+import fastcl
+from fastcl import functional, reference
+from fastcl._measure import peak_bytes
+from fastcl.backends import chunked
+from fastcl.pairwise import l2_normalize
+from fastcl.testing import CASES, LossCase
+
+from .conftest import DEVICE
+from .oracle import assert_close, check_case, error, exact, leaves, loss_and_grads
+
+# No or one negative; sizes that are no multiple of any tile; widths below, at and above a tile, and 1.
+SHAPES = [(1, 8), (2, 1), (5, 48), (33, 129), (130, 8)]
+ONE = {c.name: c for c in reversed(CASES)}
+
+
+def case_id(case: LossCase) -> str:
+    return "-".join([case.name, *map(str, case.rows(10))])
+
+
+each_case = pytest.mark.parametrize("case", CASES, ids=case_id)
+
+
+@each_case
+@pytest.mark.parametrize(("batch", "dim"), SHAPES)
+def test_matches_reference(case: LossCase, batch: int, dim: int, backend: str) -> None:
+    args, kwargs = case.inputs(batch, dim, device=DEVICE, seed=batch + dim)
+    # Unit rows of one feature are +1 or -1, and their gradients differences of equal numbers: 0 but for rounding.
+    check_case(case, args, kwargs, floor=1e-4 if dim == 1 else 0.0)
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions(case: LossCase, reduction: str, backend: str) -> None:
+    args, kwargs = case.inputs(7, 12, device=DEVICE)
+    check_case(case, args, kwargs, reduction=reduction)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(case: LossCase, dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
+    args, kwargs = case.inputs(33, 40, dtype=dtype, device=DEVICE)
+    check_case(case, args, kwargs)
+
+
+@each_case
+def test_low_precision_is_no_worse_than_torch(case: LossCase) -> None:
+    """The dense loss, computed by torch in bf16 from the same rows, is further from the truth."""
+    args, kwargs = case.inputs(64, 32, dtype=torch.bfloat16, device=DEVICE)
+    want, want_grads = exact(case, args, kwargs)
+    dense, dense_grads = loss_and_grads(getattr(reference, case.name), args, kwargs)
+    fused, fused_grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    assert error(fused, want) <= error(dense, want)
+    for f, d, w in zip(fused_grads, dense_grads, want_grads, strict=True):
+        assert error(f, w) <= max(error(d, w), 2**-8)  # 2^-8: one bf16 rounding
+
+
+@each_case
+def test_gradcheck(case: LossCase) -> None:
+    args, kwargs = case.inputs(4, 3, dtype=torch.float64)
+    names = [name for name, value in kwargs.items() if value.requires_grad]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        rows, others = tensors[: len(args)], tensors[len(args) :]
+        return getattr(functional, case.name)(*rows, **dict(zip(names, others, strict=True)))
+
+    assert torch.autograd.gradcheck(loss, (*args, *(kwargs[n] for n in names)))
+
+
+@each_case
+def test_a_number_is_as_good_as_a_tensor(case: LossCase, backend: str) -> None:
+    args, kwargs = case.inputs(6, 8, device=DEVICE)
+    numbers = {k: v.item() if v.ndim == 0 else v for k, v in kwargs.items()}
+    tensor, number = (getattr(functional, case.name)(*args, **k) for k in (kwargs, numbers))
+    assert_close(number, tensor, 2e-7)
+
+
+@each_case
+def test_non_contiguous_rows_give_the_same_bits(case: LossCase, backend: str) -> None:
+    args, kwargs = case.inputs(9, 20, device=DEVICE)
+
+    def strided(t: Tensor) -> Tensor:
+        if t.ndim == 1:
+            return t.repeat_interleave(2)[::2]
+        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), math.nan, device=t.device)
+        wide[::2, 1::3] = t.detach()
+        return wide[::2, 1::3].requires_grad_()
+
+    loss, grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    rows = [strided(a) for a in args]
+    others = {k: strided(v) if v.ndim else v for k, v in kwargs.items()}
+    assert not rows[0].is_contiguous()
+    loss2, grads2 = loss_and_grads(getattr(functional, case.name), rows, others)
+    assert torch.equal(loss, loss2)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
+
+
+@each_case
+def test_backward_repeats_bit_for_bit_and_scales(case: LossCase, backend: str) -> None:
+    args, kwargs = case.inputs(20, 16, device=DEVICE)
+    before = [t.detach().clone() for t in leaves(args, kwargs)]
+    loss = getattr(functional, case.name)(*args, **kwargs)
+    first, second, third = (torch.autograd.grad(loss, leaves(args, kwargs), retain_graph=True) for _ in range(3))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+    double = torch.autograd.grad(loss, leaves(args, kwargs), torch.full_like(loss, 2.0))
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, double, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves(args, kwargs), strict=True))
+
+
+# --- temperatures and easy pairs ------------------------------------------------------------------------------------
+
+
+def softmax_cases() -> list[LossCase]:
+    return [c for c in CASES if c.name != "siglip"]
+
+
+@pytest.mark.parametrize("case", softmax_cases(), ids=case_id)
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.05, 1.0, 10.0])
+@pytest.mark.parametrize("easy", [False, True])
+def test_any_temperature(case: LossCase, temperature: float, easy: bool, backend: str) -> None:
+    number = {"scale": 1 / temperature} if case.name == "clip" else {"temperature": temperature}
+    args, kwargs = case.inputs(21, 24, device=DEVICE, easy=easy, **number)
+    # A logit of size 1 / tau has a rounding error of eps / tau, and it is the logit that the loss is a function of.
+    eps = torch.finfo(torch.float32).eps
+    tolerance = 1e-6 + 4 * eps / temperature, 1e-5 + 8 * eps / temperature
+    floor = 1e-30  # losses below e^-69 and their gradients leave fp32's normal numbers
+    got, got_grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    want, want_grads = exact(case, args, kwargs)
+    assert_close(got, want, tolerance[0], floor=floor, what="loss")
+    for g, w in zip(got_grads, want_grads, strict=True):
+        assert_close(g, w, tolerance[1], floor=floor, what="gradient")
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_easy_pairs_keep_their_digits(name: str, seed: int, backend: str) -> None:
+    """A loss of about 1e-14, which cross-entropy in fp32 rounds to 0, is right to 1e-5; so is its gradient."""
+    case = ONE[name]
+    number = {"scale": 50.0} if name == "clip" else {"temperature": 0.02}
+    args, kwargs = case.inputs(33, 400, device=DEVICE, seed=seed, easy=True, **number)
+    want, _ = exact(case, args, kwargs)
+    assert 0 < want < 1e-13
+    check_case(case, args, kwargs, tolerance=(1e-5, 1e-5))
+
+
+# --- degenerate batches ---------------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("batch", [0, 1])
+def test_tiny_batches(case: LossCase, batch: int, backend: str) -> None:
+    args, kwargs = case.inputs(batch, 6, device=DEVICE)
+    check_case(case, args, kwargs)
+    check_case(case, args, kwargs, reduction="sum")
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip", "dcl"])
+def test_no_negatives_is_a_loss_of_zero(name: str, backend: str) -> None:
+    loss, grads = loss_and_grads(getattr(functional, name), *ONE[name].inputs(1, 6, device=DEVICE))
+    assert loss == 0
+    assert all((g == 0).all() for g in grads)
+
+
+def test_supcon_without_positives_is_zero_and_not_counted(backend: str) -> None:
+    z = ONE["supcon"].inputs(3, 5, device=DEVICE)[0][0]
+    loss, (grad,) = loss_and_grads(functional.supcon, [z, torch.arange(6, device=DEVICE)], {"temperature": 0.1})
+    assert loss == 0
+    assert (grad == 0).all()
+    labels = torch.tensor([4, 7, 4, 9, 7, 4], device=DEVICE)  # 9 is alone
+    rows = functional.supcon(z, labels, temperature=0.1, reduction="none")
+    assert rows[3] == 0
+    assert_close(functional.supcon(z, labels, temperature=0.1), rows.sum() / 5, 1e-6)
+
+
+@each_case
+def test_equal_rows_are_finite(case: LossCase, backend: str) -> None:
+    args, kwargs = case.inputs(5, 7, device=DEVICE)
+    args, kwargs = (
+        [a.detach()[:1].expand_as(a).contiguous().requires_grad_() if a.ndim == 2 else a for a in args],
+        {k: v.detach()[:1].expand_as(v).contiguous().requires_grad_() if v.ndim == 2 else v for k, v in kwargs.items()},
+    )
+    want, _ = exact(case, args, kwargs)
+    got, grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    assert_close(got, want, 1e-6)
+    assert all(g.isfinite().all() for g in grads)
+
+
+@each_case
+def test_a_nan_row_gives_a_nan_loss(case: LossCase, backend: str) -> None:
+    args, kwargs = case.inputs(5, 7, device=DEVICE)
+    with torch.no_grad():
+        args[0][2] = math.nan
+    assert getattr(functional, case.name)(*args, **kwargs).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [0.0, 1e-30, 6e4])
+def test_one_odd_row_does_not_poison_the_batch(dtype: torch.dtype, length: float, backend: str) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
+    torch.manual_seed(3)
+    x = torch.randn(12, 16, device=DEVICE)
+    x[4] *= length / x[4].norm()
+    x = x.to(dtype).requires_grad_()
+    loss = fastcl.NTXentLoss(0.2)(x)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    if not x[4].any():
+        assert (grad[4] == 0).all()
+    exact_x = x.detach().double().requires_grad_()
+    norm = exact_x.norm(dim=1, keepdim=True)
+    unit = exact_x / norm.masked_fill(norm == 0, 1)
+    want = reference.nt_xent(unit.to(dtype).double() if dtype != torch.float32 else unit, temperature=0.2)
+    (want_grad,) = torch.autograd.grad(want, exact_x)
+    others = [i for i in range(12) if i != 4]
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    assert_close(loss, want, 1e-6)
+    assert_close(grad[others], want_grad[others], tolerance)
+
+
+# --- dtypes, autocast, compile --------------------------------------------------------------------------------------
+
+
+@each_case
+def test_autocast_rounds_the_operands_and_nothing_else(case: LossCase) -> None:
+    args, kwargs = case.inputs(17, 24, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss, grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    assert loss.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in grads)
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.detach().bfloat16().float().requires_grad_() if t.is_floating_point() and t.ndim == 2 else t
+
+    want, want_grads = exact(case, [rounded(a) for a in args], {k: rounded(v) for k, v in kwargs.items()})
+    # supcon's positive is a product with a class sum, which is rounded to bf16 once more
+    assert_close(loss, want, 1e-3 if case.name == "supcon" else 1e-6)
+    for g, w in zip(grads, want_grads, strict=True):
+        assert_close(g, w, 5e-3)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_mixed_dtypes_compute_in_the_wider(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    (image, text), kwargs = ONE["clip"].inputs(9, 16, device=DEVICE)
+    args = [t.detach().to(d).requires_grad_() for t, d in zip((image, text), dtypes, strict=True)]
+    loss, grads = loss_and_grads(functional.clip, args, kwargs)
+    want, want_grads = exact(ONE["clip"], args, kwargs)
+    assert_close(loss, want, 1e-6)
+    for g, w, leaf in zip(grads, want_grads, leaves(args, kwargs), strict=True):
+        assert g.dtype == leaf.dtype
+        assert_close(g, w, 5e-3)
+
+
+@each_case
+def test_compiles_as_one_graph(case: LossCase) -> None:
+    args, kwargs = case.inputs(9, 8, device=DEVICE)
+    eager = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(functional, case.name), fullgraph=True, backend="aot_eager")
+    loss, grads = loss_and_grads(compiled, args, kwargs)
+    assert_close(loss, eager[0], 1e-6)
+    for a, b in zip(grads, eager[1], strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def test_ten_batch_sizes_compile_at_most_twice() -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss = fastcl.NTXentLoss(0.2)
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for batch in range(3, 13):
+        z = torch.randn(2 * batch, 8, device=DEVICE, requires_grad=True)
+        (got,), (want,) = (torch.autograd.grad(f(z), z) for f in (compiled, loss))
+        assert_close(got, want, 1e-5)
+    assert graphs.frame_count <= 2
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip", "supcon"])
+def test_no_matrix_is_allocated(name: str) -> None:
+    """Forward and backward of 16,384 rows stay under 1/16 of the N x N fp32 matrix (64 of 1,024 MiB)."""
+    n = 16384
+    batch = n if name in ("clip", "siglip") else n // 2
+    args, kwargs = ONE[name].inputs(batch, 4)
+    step = getattr(functional, name)
+    peak = peak_bytes(lambda: torch.autograd.grad(step(*args, **kwargs), args[0]))
+    assert peak < 4 * n * n / 16, f"{peak / 2**20:.0f} MiB"
+
+
+def test_dense_memory_would_be_noticed() -> None:
+    """The measurement above is not blind: it sees the dense loss's matrix."""
+    args, kwargs = ONE["nt_xent"].inputs(512, 4)
+    assert peak_bytes(lambda: reference.nt_xent(*args, **kwargs)) > 4 * 1024**2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
+def test_no_backward_buffers_without_a_gradient() -> None:
+    q, k = (torch.randn(2048, 64) for _ in range(2))
+    with_grad = peak_bytes(lambda: functional.info_nce(q.requires_grad_(), k, k, temperature=0.1))
+    frozen = peak_bytes(lambda: functional.info_nce(q.detach(), k, k, temperature=0.1))
+    assert frozen <= with_grad - q.nbytes
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+Z = torch.randn(6, 4)
+BAD = {
+    "integer rows": (TypeError, lambda: functional.nt_xent(Z.long(), temperature=0.1)),
+    "complex rows": (TypeError, lambda: functional.nt_xent(Z + 0j, temperature=0.1)),
+    "sparse rows": (TypeError, lambda: functional.nt_xent(Z.to_sparse(), temperature=0.1)),
+    "not a tensor": (TypeError, lambda: functional.nt_xent([[1.0]], temperature=0.1)),
+    "three dimensions": (ValueError, lambda: functional.nt_xent(Z[None], temperature=0.1)),
+    "odd stack": (ValueError, lambda: functional.nt_xent(Z[:5], temperature=0.1)),
+    "temperature 0": (ValueError, lambda: functional.nt_xent(Z, temperature=0)),
+    "temperature < 0": (ValueError, lambda: functional.supcon(Z, torch.arange(6), temperature=-1.0)),
+    "temperature NaN": (ValueError, lambda: functional.dcl(Z, temperature=math.nan)),
+    "temperature inf": (ValueError, lambda: functional.dcl(Z, temperature=math.inf)),
+    "temperature of one dimension": (ValueError, lambda: functional.dcl(Z, temperature=torch.ones(1))),
+    "temperature of integers": (TypeError, lambda: functional.dcl(Z, temperature=torch.tensor(1))),
+    "temperature as text": (TypeError, lambda: functional.dcl(Z, temperature="0.1")),
+    "views of two shapes": (ValueError, lambda: fastcl.NTXentLoss()(Z, Z[:4])),
+    "widths differ": (ValueError, lambda: functional.info_nce(Z, Z, torch.randn(3, 5), temperature=0.1)),
+    "devices differ": (ValueError, lambda: functional.clip(Z, Z.to("meta"), scale=1.0)),
+    "scale 0": (ValueError, lambda: functional.clip(Z, Z, scale=0)),
+    "labels too short": (ValueError, lambda: functional.supcon(Z, torch.arange(5), temperature=0.1)),
+    "labels of floats": (TypeError, lambda: functional.supcon(Z, torch.rand(6), temperature=0.1)),
+    "labels as a list": (TypeError, lambda: functional.supcon(Z, [0] * 6, temperature=0.1)),
+    "unknown reduction": (ValueError, lambda: functional.nt_xent(Z, temperature=0.1, reduction="avg")),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_in_words(what: str) -> None:
+    kind, call = BAD[what]
+    with pytest.raises(kind, match=r"(?s)^got .+; expected .+\. .+\.$"):
+        call()
+
+
+def test_second_derivatives_are_refused_and_reference_is_the_way_out() -> None:
+    z = l2_normalize(Z.double()).requires_grad_()
+    (grad,) = torch.autograd.grad(functional.nt_xent(z, temperature=0.3), z, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fastcl\.reference"):
+        grad.sum().backward()
+    (plain,) = torch.autograd.grad(reference.nt_xent(z, temperature=0.3), z, create_graph=True)
+    assert_close(grad, plain, 1e-12)
+    plain.sum().backward()
+
+
+def test_functorch_is_refused_and_reference_is_the_way_out() -> None:
+    def gradient(module: object) -> Tensor:
+        return torch.func.grad(lambda z: module.nt_xent(z, temperature=0.3))(Z)  # type: ignore[attr-defined]
+
+    with pytest.raises(RuntimeError, match=r"fastcl\.reference"):
+        gradient(functional)
+    assert gradient(reference).shape == Z.shape
+    with pytest.raises(RuntimeError, match=r"fastcl\.reference"):
+        torch.vmap(lambda z: functional.nt_xent(z, temperature=0.3))(Z.expand(3, 6, 4))
+
+
+# --- the assertions themselves, and threads -------------------------------------------------------------------------
+
+
+def test_eight_threads_agree() -> None:
+    args, kwargs = ONE["clip"].inputs(40, 16)
+    want = loss_and_grads(functional.clip, args, kwargs)[1]
+    found: list[tuple[Tensor, ...]] = []
+    workers = [
+        threading.Thread(target=lambda: found.append(loss_and_grads(functional.clip, args, kwargs)[1]))
+        for _ in range(8)
+    ]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert len(found) == 8
+    assert all(torch.equal(a, b) for grads in found for a, b in zip(grads, want, strict=True))
+
+
+WRONG_GRADIENTS = {
+    "zero": lambda dx: torch.zeros_like(dx),
+    "negated": lambda dx: -dx,
+    "doubled": lambda dx: 2 * dx,
+    "1 % large": lambda dx: 1.01 * dx,
+    "one row off": lambda dx: dx.roll(1, 0),
+    "one column off": lambda dx: dx.roll(1, 1),
+    "last row missing": lambda dx: torch.cat([dx[:-1], torch.zeros_like(dx[-1:])]),
+    "one NaN": lambda dx: dx.index_fill(0, torch.tensor([0]), math.nan),
+    "bf16": lambda dx: dx.bfloat16().float(),
+}
+WRONG_SUMS = {
+    "1e-5 large": lambda r: r * (1 + 1e-5),
+    "one term short": lambda r: r - 1e-3,
+    "shuffled": lambda r: r.roll(1),
+    "inf": lambda r: r + torch.inf,
+}
+
+
+@each_case
+@pytest.mark.parametrize("fault", WRONG_GRADIENTS)
+def test_a_wrong_gradient_is_noticed(case: LossCase, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = chunked.grad
+
+    def wrong(*args: object) -> tuple[Tensor, ...]:
+        dx, dy, *sums = right(*args)  # type: ignore[arg-type]
+        return (*(WRONG_GRADIENTS[fault](d) if d.numel() else d for d in (dx, dy)), *sums)
+
+    args, kwargs = case.inputs(9, 8)
+    monkeypatch.setattr(chunked, "grad", wrong)
+    with fastcl.use_backend("chunked"), pytest.raises(AssertionError, match="gradient"):
+        check_case(case, args, kwargs)
+
+
+@each_case
+@pytest.mark.parametrize("fault", WRONG_SUMS)
+def test_a_wrong_sum_is_noticed(case: LossCase, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = chunked.reduce
+
+    def wrong(*args: object) -> tuple[Tensor, Tensor]:
+        row, col = right(*args)  # type: ignore[arg-type]
+        return WRONG_SUMS[fault](row), col
+
+    args, kwargs = case.inputs(9, 8)
+    monkeypatch.setattr(chunked, "reduce", wrong)
+    with fastcl.use_backend("chunked"), pytest.raises(AssertionError, match="loss"):
+        check_case(case, args, kwargs, reduction="none")

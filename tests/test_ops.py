@@ -1,0 +1,47 @@
+"""Registration of the operators: schemas, fakes, autograd keys, dynamic shapes."""
+
+import pytest
+import torch
+
+from fastcl import _ops
+from fastcl.backends import Pairs
+
+
+def pairs(masked: bool, symmetric: bool) -> Pairs:
+    x = torch.randn(6, 4)
+    y = x.clone() if symmetric else torch.randn(5, 4)
+    plain = Pairs(x, y, torch.tensor(2.0), symmetric=symmetric)
+    if not masked:
+        return plain
+    keys = torch.arange(len(x)), torch.arange(len(y))
+    return plain._replace(
+        row_bias=None if symmetric else torch.randn(6),
+        drop_x=keys[0],
+        drop_y=keys[1],
+        only_x=keys[0] % 2,
+        only_y=keys[1] % 2,
+    )
+
+
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_opcheck(link: str, masked: bool, symmetric: bool) -> None:
+    p = pairs(masked, symmetric)
+    m, n = len(p.x), len(p.y)
+    for both in {False, not symmetric}:
+        torch.library.opcheck(_ops.pair_reduce, (link, *p, both, "auto"))
+    row, col = torch.rand(m) + 9, torch.rand(n) + 9
+    sides = (row, row, row, row) if symmetric else (row, torch.rand(m), col, torch.rand(n))
+    for want_dx, want_dy, want_sums in [(True, not symmetric, True), (True, False, False)]:
+        torch.library.opcheck(_ops.pair_grad, (link, *p, *sides, want_dx, want_dy, want_sums, "auto"))
+
+
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+@pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)])
+def test_opcheck_reduce_grad(link: str, want: tuple[bool, bool]) -> None:
+    torch.library.opcheck(_ops.pair_reduce_grad, (link, *pairs(True, False), *want, "auto"))
+
+
+def test_opcheck_topk() -> None:
+    torch.library.opcheck(_ops.pair_topk, (*pairs(True, False), 3, "auto"))

@@ -1,0 +1,408 @@
+"""The primitives against the matrix written out: every mask, bias, sign and combination the engine promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import fastcl
+from fastcl.pairwise import (
+    l2_normalize,
+    merge_logsumexp,
+    pair_argmax,
+    pair_logsumexp,
+    pair_softplus_sum,
+    pair_topk,
+    row_dot,
+)
+from fastcl.reference import logsumexp
+
+from .conftest import DEVICE
+from .oracle import as_double, assert_close
+
+REDUCTIONS = {"logsumexp": pair_logsumexp, "softplus": pair_softplus_sum}
+M, N, D = 21, 34, 19
+
+
+def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(*s, generator=generator) / 2).to(DEVICE).requires_grad_() for s in shapes]
+
+
+def integers(n: int, classes: int, seed: int) -> Tensor:
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def dense(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    scale: Any,
+    row_bias: Any = None,
+    col_bias: Any = None,
+    drop: Any = None,
+    only: Any = None,
+    ceiling: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns, from the matrix."""
+    s = scale * q @ k.T
+    keep = torch.ones_like(s, dtype=torch.bool)
+    if row_bias is not None:
+        s = s + (row_bias[:, None] if isinstance(row_bias, Tensor) and row_bias.ndim else row_bias)
+    if col_bias is not None:
+        s = s + col_bias
+    for keys, equal in ((drop, False), (only, True)):
+        if keys is not None:
+            rows, cols = keys if isinstance(keys, tuple) else (keys, keys)
+            keep &= (rows[:, None] == cols) == equal
+    if ceiling is not None:
+        keep &= s <= ceiling[:, None]
+    if name == "logsumexp":
+        return logsumexp(s, keep), logsumexp(s.T, keep.T)
+    kept = -logsigmoid(-s).masked_fill(~keep, 0)
+    return kept.sum(1), kept.sum(0)
+
+
+def check(name: str, q: Tensor, k: Tensor | None, both: bool = False, **options: Any) -> None:
+    def upstream(results: tuple[Tensor, ...]) -> Tensor:
+        """A different weight for every result, so that a misplaced one shows."""
+        weighted = [
+            (r.masked_fill(r == -torch.inf, 0) * torch.linspace(0.5, 1.7, len(r), dtype=r.dtype, device=r.device)).sum()
+            for r in results
+        ]
+        return torch.stack(weighted).sum()
+
+    doubles = {key: tuple(map(as_double, v)) if isinstance(v, tuple) else as_double(v) for key, v in options.items()}
+    exact_q = as_double(q)
+    exact_k = exact_q if k is None else as_double(k)
+    want = dense(name, exact_q, exact_k, **doubles)[: 1 + both]
+    got = REDUCTIONS[name](q, k, both=both, **options)
+    got = got if both else (got,)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, 2e-6, what="result")
+    inputs = [q, *([] if k is None else [k]), *(v for v in options.values() if _wants_grad(v))]
+    exact = [exact_q, *([] if k is None else [exact_k]), *(v for v in doubles.values() if _wants_grad(v))]
+    for i, (g, w) in enumerate(
+        zip(torch.autograd.grad(upstream(got), inputs), torch.autograd.grad(upstream(want), exact), strict=True)
+    ):
+        assert_close(g, w, 1e-5, what=f"gradient {i}")
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def options_for(m: int, n: int, same: bool) -> dict[str, dict[str, Any]]:
+    row_bias, col_bias = tensors((m,), (n,), seed=1)
+    scalar = torch.tensor(-0.7, device=DEVICE, requires_grad=True)
+    drop = integers(m, 9, 2) if same else (integers(m, 9, 2), integers(n, 9, 3))
+    only = integers(m, 3, 4) if same else (integers(m, 3, 4), integers(n, 3, 5))
+    return {
+        "plain": {},
+        "drop": {"drop": drop},
+        "only": {"only": only},
+        "drop and only": {"drop": drop, "only": only},
+        "row bias": {"row_bias": row_bias},
+        "column bias": {"col_bias": col_bias},
+        "both biases": {"row_bias": row_bias, "col_bias": col_bias},
+        "scalar bias": {"row_bias": scalar},
+        "number bias": {"row_bias": -1.5},
+        "ceiling": {"ceiling": torch.linspace(-1, 2, m, device=DEVICE)},
+        "everything": {
+            "row_bias": row_bias, "col_bias": col_bias, "drop": drop, "only": only,
+            "ceiling": torch.linspace(-1, 2, m, device=DEVICE),
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("option", options_for(1, 1, True))
+@pytest.mark.parametrize("scale", [3.0, -2.0])
+@pytest.mark.parametrize("both", [False, True])
+def test_two_sets(name: str, option: str, scale: float, both: bool, backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    learned = torch.tensor(scale, device=DEVICE, requires_grad=True)
+    check(name, q, k, both=both, scale=learned, **options_for(M, N, False)[option])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("option", options_for(1, 1, True))
+@pytest.mark.parametrize("both", [False, True])
+def test_one_set(name: str, option: str, both: bool, backend: str) -> None:
+    (q,) = tensors((M, D))
+    learned = torch.tensor(2.5, device=DEVICE, requires_grad=True)
+    check(name, q, None, both=both, scale=learned, **options_for(M, M, True)[option])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_one_set_with_keys_that_differ_by_side(name: str, backend: str) -> None:
+    (q,) = tensors((M, D))
+    check(name, q, None, scale=2.5, drop=(integers(M, 5, 1), integers(M, 5, 2)))
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_one_bias_for_rows_and_columns(name: str, backend: str) -> None:
+    q, bias = tensors((M, D), (M,))
+    got = REDUCTIONS[name](q, scale=2.0, row_bias=bias, col_bias=bias)
+    exact_q, exact_bias = as_double(q), as_double(bias)
+    want, _ = dense(name, exact_q, exact_q, 2.0, exact_bias, exact_bias)
+    weights = torch.linspace(0.5, 1.7, M, device=DEVICE)
+    for g, w in zip(
+        torch.autograd.grad((got * weights).sum(), (q, bias)),
+        torch.autograd.grad((want * weights.double()).sum(), (exact_q, exact_bias)),
+        strict=True,
+    ):
+        assert_close(g, w, 1e-5)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("frozen", ["q", "k"])
+def test_frozen_side(name: str, frozen: str, backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    learned, row_bias = torch.tensor(2.0, device=DEVICE, requires_grad=True), tensors((M,), seed=7)[0]
+    wanted = [q if frozen == "k" else k, learned, row_bias]
+    (q if frozen == "q" else k).requires_grad_(False)
+    weights = torch.linspace(0.5, 1.7, M, device=DEVICE)
+    got = torch.autograd.grad((REDUCTIONS[name](q, k, scale=learned, row_bias=row_bias) * weights).sum(), wanted)
+    doubles = {id(t): as_double(t) for t in (q, k, learned, row_bias)}
+    want, _ = dense(name, *(doubles[id(t)] for t in (q, k, learned, row_bias)))
+    exact = torch.autograd.grad((want * weights.double()).sum(), [doubles[id(t)] for t in wanted])
+    for g, w in zip(got, exact, strict=True):
+        assert_close(g, w, 1e-5)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_frozen_columns_may_change_before_backward(name: str, backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    k = k.detach()
+    (want,) = torch.autograd.grad(REDUCTIONS[name](q, k, scale=2.0).sum(), q)
+    result = REDUCTIONS[name](q, k, scale=2.0)
+    k.fill_(math.nan)
+    (got,) = torch.autograd.grad(result.sum(), q)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_gradcheck(name: str) -> None:
+    q, k, row_bias, col_bias = (t.detach().double().requires_grad_() for t in tensors((4, 3), (5, 3), (4,), (5,)))
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    keys = torch.arange(4), torch.arange(5)
+
+    def function(q: Tensor, k: Tensor, scale: Tensor, row_bias: Tensor, col_bias: Tensor) -> Any:
+        return REDUCTIONS[name](q, k, scale=scale, row_bias=row_bias, col_bias=col_bias, drop=keys, both=True)
+
+    assert torch.autograd.gradcheck(function, (q, k, scale, row_bias, col_bias))
+
+
+def test_a_learned_scale_of_zero_has_a_gradient(backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    check("logsumexp", q, k, scale=torch.tensor(0.0, device=DEVICE, requires_grad=True))
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 3), (3, 0), (0, 0), (1, 1)])
+def test_empty_sides(m: int, n: int, backend: str) -> None:
+    q, k = tensors((m, 5), (n, 5))
+    row, col = pair_logsumexp(q, k, scale=2.0, both=True)
+    assert row.shape == (m,)
+    assert col.shape == (n,)
+    if m * n == 0:
+        assert (row == -torch.inf).all()
+        assert (col == -torch.inf).all()
+        assert (pair_softplus_sum(q, k, scale=2.0) == 0).all()
+        dq, dk = torch.autograd.grad(row.nan_to_num(neginf=0).sum() + col.nan_to_num(neginf=0).sum(), (q, k))
+        assert not dq.any()
+        assert not dk.any()
+
+
+def test_tiles_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles give what one tile gives, symmetric or not, and the same bits on every run."""
+    from fastcl.backends import chunked
+
+    z, k = tensors((150, D), (90, D))
+
+    def results() -> list[Tensor]:
+        out = []
+        for name, other in itertools.product(REDUCTIONS, (None, k)):
+            row = REDUCTIONS[name](z, other, scale=3.0, drop=None if other is not None else torch.arange(150))
+            out += [row, *torch.autograd.grad(row.square().sum(), z)]
+        return [*out, *pair_topk(z, k, topk=7)]
+
+    whole = results()
+    monkeypatch.setattr(chunked, "_tile_side", lambda x: 16)
+    small, again = results(), results()
+    for a, b, c in zip(whole, small, again, strict=True):
+        assert torch.equal(b, c)
+        assert_close(b, a, 3e-6)
+
+
+def test_workspace_setting_bounds_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastcl import _settings
+    from fastcl._measure import peak_bytes
+
+    q = torch.randn(1024, 4)
+    default = peak_bytes(lambda: pair_logsumexp(q, scale=2.0))
+    monkeypatch.setattr(_settings, "workspace_bytes", 2**17)
+    assert peak_bytes(lambda: pair_logsumexp(q, scale=2.0)) < min(2**18, default / 4)
+
+
+def test_blocks_of_columns_merge() -> None:
+    q, k = tensors((M, D), (N, D))
+    parts = [pair_logsumexp(q, block, scale=2.0) for block in k.split([5, 0, 29])]
+    merged = merge_logsumexp(*parts)
+    want, _ = dense("logsumexp", as_double(q), as_double(k), 2.0)
+    assert_close(merged, want, 1e-6)
+    (got,) = torch.autograd.grad(merged.square().sum(), q)
+    (whole,) = torch.autograd.grad(pair_logsumexp(q, k, scale=2.0).square().sum(), q)
+    assert_close(got, whole, 1e-5)
+    empty = pair_logsumexp(q, k[:0], scale=2.0)
+    nothing = merge_logsumexp(empty, empty)
+    assert (nothing == -torch.inf).all()
+    (grad,) = torch.autograd.grad(torch.sigmoid(nothing).sum(), q)
+    assert not grad.any()
+
+
+def test_only_what_is_harder_than_the_positive_is_forgotten() -> None:
+    """The rule that GISTEmbed-like losses need: negatives above positive + delta are probably positives."""
+    q, k = tensors((M, D), (M, D))
+    positive = row_dot(q, k) * 2.0
+    kept = pair_logsumexp(q, k, scale=2.0, drop=torch.arange(M, device=DEVICE), ceiling=positive + 0.1)
+    s = 2.0 * q @ k.T
+    for i in range(M):
+        row = [s[i, j] for j in range(M) if j != i and s[i, j] <= positive[i] + 0.1]
+        want = torch.stack(row).logsumexp(0) if row else torch.tensor(-torch.inf)
+        assert_close(kept[i], want, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("topk", [1, 3, 40])
+def test_topk(dtype: torch.dtype, largest: bool, topk: int) -> None:
+    q, k = (t.detach().to(dtype) for t in tensors((M, D), (N, D)))
+    drop = integers(M, 9, 2), integers(N, 9, 3)
+    values, indices = pair_topk(q, k, topk=topk, drop=drop, largest=largest)
+    s = (q.double() @ k.double().T).masked_fill(drop[0][:, None] == drop[1], -torch.inf if largest else torch.inf)
+    want = s.sort(1, descending=largest).values[:, :topk]
+    assert values.shape == indices.shape == (M, topk)
+    found = indices >= 0
+    assert torch.equal(found.sum(1), s.isfinite().sum(1).clamp(max=topk))
+    assert_close(values[:, : want.shape[1]], want, 1e-6)
+    assert_close(values[found], s.gather(1, indices.clamp(min=0))[found], 1e-6)
+    assert (values[~found] == (-torch.inf if largest else torch.inf)).all()
+
+
+def test_argmax_takes_the_first_of_equals_and_minus_one_of_none() -> None:
+    q = torch.eye(3)
+    k = torch.cat([torch.eye(3), torch.eye(3)])
+    assert pair_argmax(q, k).tolist() == [0, 1, 2]
+    assert pair_argmax(q, k, only=(torch.tensor([0, 1, 5]), torch.tensor([0, 1, 1, 0, 1, 1]))).tolist() == [0, 1, -1]
+    assert pair_argmax(q, drop=torch.arange(3), largest=False).tolist() == [1, 0, 0]
+
+
+def test_topk_rejects_a_count_below_one() -> None:
+    with pytest.raises(ValueError, match="topk = 0"):
+        pair_topk(torch.eye(3), topk=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_l2_normalize(dtype: torch.dtype) -> None:
+    (x,) = tensors((9, 33))
+    x = x.detach().to(dtype).requires_grad_()
+    unit = l2_normalize(x)
+    assert unit.dtype == dtype
+    exact_x = as_double(x)
+    want = exact_x / exact_x.norm(dim=1, keepdim=True)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    assert_close(unit, want, tolerance)
+    weights = torch.linspace(-1, 1, 33, dtype=torch.float64, device=DEVICE)
+    (got,) = torch.autograd.grad((unit.double() * weights).sum(), x)
+    (exact,) = torch.autograd.grad((want * weights).sum(), exact_x)
+    assert_close(got, exact, 2 * tolerance)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(l2_normalize, x)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-20, 1e18, 1e38])
+def test_l2_normalize_neither_over_nor_underflows(size: float) -> None:
+    x = torch.tensor([[0.6, -0.8]]) * size
+    assert_close(l2_normalize(x), torch.tensor([[0.6, -0.8]]), 1e-6)
+
+
+def test_l2_normalize_of_zero_is_zero_without_a_gradient() -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    unit = l2_normalize(x)
+    (grad,) = torch.autograd.grad(unit.sum(), x)
+    assert not unit.any()
+    assert not grad.any()
+    assert l2_normalize(torch.zeros(2, 0)).shape == (2, 0)
+
+
+Q, K = torch.randn(4, 3), torch.randn(5, 3)
+BAD = {
+    "drop too short": (ValueError, {"drop": (torch.arange(3), torch.arange(5))}),
+    "one key tensor for two sizes": (ValueError, {"drop": torch.arange(4)}),
+    "keys of floats": (TypeError, {"only": (torch.rand(4), torch.rand(5))}),
+    "keys of booleans": (TypeError, {"only": (torch.ones(4, dtype=torch.bool), torch.ones(5, dtype=torch.bool))}),
+    "bias too long": (ValueError, {"row_bias": torch.zeros(5)}),
+    "bias of integers": (TypeError, {"col_bias": torch.zeros(5, dtype=torch.long)}),
+    "bias of NaN": (ValueError, {"row_bias": math.nan}),
+    "ceiling of one": (ValueError, {"ceiling": torch.zeros(1)}),
+    "scale 0": (ValueError, {"scale": 0.0}),
+    "keys elsewhere": (ValueError, {"drop": (torch.arange(4, device="meta"), torch.arange(5))}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_in_words(what: str) -> None:
+    kind, options = BAD[what]
+    with pytest.raises(kind, match=r"^got .+; expected .+\. .+\.$"):
+        pair_logsumexp(Q, K, **{"scale": 1.0, **options})
+
+
+# --- which backend runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_forced_backend_runs_the_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastcl.backends import chunked, triton
+
+    ran = []
+    for module in (chunked, triton):
+        for op in ("reduce", "grad"):
+            right = getattr(module, op)
+            monkeypatch.setattr(
+                module, op, lambda *a, _right=right, _at=(module.__name__[16:], op): (ran.append(_at), _right(*a))[1]
+            )
+    (q,) = tensors((4, 3))
+    with fastcl.use_backend("triton"):
+        result = pair_logsumexp(q, scale=1.0)
+    result.sum().backward()
+    assert ran == [("triton", "reduce"), ("triton", "grad")]
+
+
+def test_a_backend_that_cannot_says_why() -> None:
+    q = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
+    with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs float32.*got torch.float64"):
+        pair_logsumexp(q, scale=1.0)
+    with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match="no kernel for mining"):
+        pair_argmax(q)
+    with pytest.raises(ValueError, match="got backend 'numpy'"), fastcl.use_backend("numpy"):
+        pass
+    assert fastcl.available_backends(q) == ["chunked"]
+
+
+def test_explain_names_the_choice_and_the_reasons() -> None:
+    z = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    text = fastcl.explain("nt_xent", z)
+    assert "pair_reduce (8 x 8 x 4, float64 on cpu): chunked" in text
+    assert "pair_grad" in text
+    assert "not triton: needs float32, float16 or bfloat16 rows, got torch.float64" in text
+    with fastcl.use_backend("triton"):
+        assert "none (fastcl backend 'triton' cannot" in fastcl.explain(fastcl.NTXentLoss(), z)
+    assert "pair_topk" in fastcl.explain("pair_topk", z)
+    with pytest.raises(ValueError, match="got the name 'nt_xnet'"):
+        fastcl.explain("nt_xnet", z)
