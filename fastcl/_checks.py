@@ -121,7 +121,7 @@ def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
         if not value.dtype.is_floating_point:
             raise TypeError(sentence(f"{name} of dtype {value.dtype}", "a floating-point tensor", "Call .float()."))
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             sentence(f"{name} of type {type(value).__name__}", "a number or a 0-d tensor", "Call float() on it.")
         )

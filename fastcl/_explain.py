@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import functional, pairwise
-from .backends import NAMES, Pairs, forced, select, why_not
+from .backends import Pairs, choose
 
 _SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1}
 
@@ -70,15 +70,6 @@ def _describe(name: str, pairs: Pairs) -> str:
     op = "grad" if name == "pair_reduce_grad" else name.removeprefix("pair_")
     (m, d), n = pairs.x.shape, pairs.y.shape[0]
     dtype = str(pairs.x.dtype).removeprefix("torch.")
-    try:
-        chosen = select(op, pairs, forced()).__name__.rsplit(".", 1)[-1]
-    except RuntimeError as error:
-        chosen = f"none ({error})"
-    lines = [f"{name} ({m} x {n} x {d}, {dtype} on {pairs.x.device}): {chosen}"]
-    for other in NAMES:
-        if other != chosen:
-            reason = why_not(other, op, pairs)
-            if reason is None:
-                reason = f"{chosen} comes first" if forced() == "auto" else f"{forced()} is forced"
-            lines.append(f"  not {other}: {reason}")
-    return "\n".join(lines)
+    chosen, error, others = choose(op, pairs)
+    head = f"{name} ({m} x {n} x {d}, {dtype} on {pairs.x.device}): {chosen or f'none ({error})'}"
+    return "\n".join([head, *(f"  not {other}: {reason}" for other, reason in others.items())])

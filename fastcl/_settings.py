@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 
-_KNOWN = ("FASTCL_BACKEND", "FASTCL_WORKSPACE_MB")
+KNOWN = ("FASTCL_BACKEND", "FASTCL_WORKSPACE_MB")
 
 
 def _workspace() -> int | None:
@@ -30,9 +30,9 @@ def _workspace() -> int | None:
 
 
 for _name in sorted(os.environ):
-    if _name.startswith("FASTCL_") and _name not in _KNOWN:
+    if _name.startswith("FASTCL_") and _name not in KNOWN:
         warnings.warn(
-            f"{_name} is set, but this version of fastcl does not know it; it knows {', '.join(_KNOWN)}. "
+            f"{_name} is set, but this version of fastcl does not know it; it knows {', '.join(KNOWN)}. "
             "It has no effect: check the spelling.",
             stacklevel=2,
         )

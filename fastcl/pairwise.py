@@ -192,9 +192,7 @@ def _reduce(
     ceiling: Tensor | None,
     both: bool,
 ) -> Any:
-    pairs = _pairs(q, k, scale, row_bias, col_bias, drop, only, ceiling)
-    if both:
-        pairs = pairs._replace(symmetric=False)
+    pairs = _pairs(q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
     dtype = _operand_dtype(pairs.x, pairs.y)
     needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs)
     frozen_k = not (pairs.symmetric or both or pairs.y.requires_grad)
@@ -237,12 +235,12 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, both: bool, *args: Any) -> tuple[Tensor, Tensor]:
         pairs = Pairs(*args)
-        ctx.dtypes = [None if t is None else t.dtype for t in pairs[:5]]
+        ctx.dtypes = [None if t is None else t.dtype for t in args[:5]]
         pairs = _rounded(pairs, dtype)
         row, col = _ops.pair_reduce(link, *pairs, both, backend)
         ctx.link, ctx.backend, ctx.symmetric, ctx.both = link, backend, pairs.symmetric, both
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(row, col, *pairs[:-1])
+        ctx.save_for_backward(row, col, *tuple(pairs)[:-1])
         if not both:
             ctx.mark_non_differentiable(col)
         return row, col
@@ -251,7 +249,7 @@ class _Reduce(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, row_grad: Tensor | None, col_grad: Tensor | None) -> tuple[Any, ...]:
         row, col, *saved = ctx.saved_tensors
-        pairs = Pairs(*saved)._replace(symmetric=ctx.symmetric)
+        pairs = Pairs(*(*saved, ctx.symmetric))
         want_q, want_k, want_scale, want_row_bias, want_col_bias = ctx.needs_input_grad[4:9]
         if not ctx.both:  # torch.compile sends zeros where eager sends None
             col_grad = None
@@ -291,7 +289,7 @@ class _ReduceFrozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, *args: Any) -> Tensor:
         pairs = Pairs(*args)
-        ctx.dtypes = [None if t is None else t.dtype for t in pairs[:4]]
+        ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
         pairs = _rounded(pairs, dtype)
         want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
         row, dq, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, want_row_bias, backend)
@@ -375,6 +373,7 @@ def _pairs(
     drop: Keys = None,
     only: Keys = None,
     ceiling: Tensor | None = None,
+    both: bool = False,
 ) -> Pairs:
     """Everything checked, scalars as tensors on the device of the rows."""
     one_set = k is None or k is q
@@ -400,7 +399,7 @@ def _pairs(
         only_x=only_x,
         only_y=only_y,
         row_ceiling=None if ceiling is None else ceiling.detach(),
-        symmetric=one_set and _is_shared(drop) and _is_shared(only) and ceiling is None and equal_biases,
+        symmetric=(one_set and _is_shared(drop) and _is_shared(only) and ceiling is None and equal_biases and not both),
     )
 
 
@@ -447,20 +446,30 @@ def _rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
     """Operands in the dtype of the kernels, the numbers beside them in the dtype of the results."""
     compute = _compute_dtype(dtype)
     x = pairs.x.to(dtype)
-    return pairs._replace(
-        x=x,
-        y=x if pairs.symmetric else pairs.y.to(dtype),
-        scale=pairs.scale.to(compute),
-        row_bias=None if pairs.row_bias is None else pairs.row_bias.to(compute),
-        col_bias=None if pairs.col_bias is None else pairs.col_bias.to(compute),
-        row_ceiling=None if pairs.row_ceiling is None else pairs.row_ceiling.to(compute),
+
+    def number(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(compute)
+
+    return Pairs(  # torch 2.6 cannot compile _replace()
+        x,
+        x if pairs.symmetric else pairs.y.to(dtype),
+        pairs.scale.to(compute),
+        number(pairs.row_bias),
+        number(pairs.col_bias),
+        pairs.drop_x,
+        pairs.drop_y,
+        pairs.only_x,
+        pairs.only_y,
+        number(pairs.row_ceiling),
+        number(pairs.col_ceiling),
+        pairs.symmetric,
     )
 
 
 def _operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
     dtype = torch.promote_types(q.dtype, k.dtype)
     device = q.device.type
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
 

@@ -12,7 +12,7 @@ from fastcl import functional, reference
 from fastcl.testing import LossCase
 
 # Relative error of a loss and of a gradient, by dtype of the rows.
-#  fp32: one rounding of a logit of size 1 / tau costs eps / tau; 1e-6 and 1e-5 are the project's promise at tau >= 0.05.
+#  fp32: a rounding of a logit of size 1 / tau costs eps / tau; 1e-6 and 1e-5 are the project's promise at tau >= 0.05.
 #  fp16, bf16: compared on the same rounded inputs; losses are fp32, gradients are rounded to the dtype (2^-11, 2^-8
 #        relative per element) after an fp32 sum whose weights were rounded once to it.
 TOLERANCE = {
@@ -73,17 +73,18 @@ def check_case(
     *,
     tolerance: tuple[float, float] | None = None,
     floor: float = 0.0,
+    loss_floor: float = 0.0,
     **more: Any,
 ) -> None:
     """Loss and every gradient of ``fastcl.functional`` against ``fastcl.reference`` in fp64 on the same inputs.
 
-    ``floor`` is the distance below which a gradient counts as the 0 that it is in theory.
+    ``floor`` is the distance below which a gradient counts as the 0 it is in theory, ``loss_floor`` that of a loss.
     """
     loss_tolerance, grad_tolerance = tolerance or TOLERANCE[args[0].dtype]
     got, got_grads = loss_and_grads(getattr(functional, case.name), args, {**kwargs, **more})
     want, want_grads = exact(case, args, kwargs, **more)
     assert got.dtype == torch.promote_types(args[0].dtype, torch.float32)
-    assert_close(got, want, loss_tolerance, what="loss")
+    assert_close(got, want, loss_tolerance, floor=loss_floor, what="loss")
     for i, (g, w, leaf) in enumerate(zip(got_grads, want_grads, leaves(args, kwargs), strict=True)):
         assert g.dtype == leaf.dtype
         assert_close(g, w, grad_tolerance, floor=floor, what=f"gradient {i}")

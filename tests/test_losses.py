@@ -81,7 +81,7 @@ def test_a_learned_temperature_moves_stays_positive_and_survives_a_checkpoint(
     assert loss.log_scale.grad != 0
     with torch.no_grad():
         loss.log_scale.fill_(50.0)
-    assert float(loss.temperature) == pytest.approx(0.01)
+    assert loss.temperature.item() == pytest.approx(0.01)
     other = kind(0.5, learn_temperature=True)
     other.load_state_dict(loss.state_dict())
     assert other.log_scale == 50

@@ -19,11 +19,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _settings
 
-# Device type -> backends, best first. A device that is not listed takes the first line's last resort.
+# Device type -> backends, best first.
 PREFERENCE = {
     "cuda": ("triton", "chunked"),
     "cpu": ("chunked", "triton"),  # triton runs on CPU tensors in its interpreter only: for tests
@@ -109,8 +110,9 @@ def select(op: str, pairs: Pairs, name: str = "auto") -> ModuleType:
     _check_name(name)
     for candidate in _order(pairs.x) if name == "auto" else (name,):
         reason = why_not(candidate, op, pairs)
-        if reason is None:
-            return _load(candidate)
+        backend = _load(candidate)
+        if reason is None and isinstance(backend, ModuleType):
+            return backend
     raise RuntimeError(
         f"fastcl backend {name!r} cannot run pair_{op} on {tuple(pairs.x.shape)} {pairs.x.dtype} on {pairs.x.device}: "
         f"{reason}. Use fastcl.use_backend('auto') to let fastcl choose."
@@ -119,11 +121,27 @@ def select(op: str, pairs: Pairs, name: str = "auto") -> ModuleType:
 
 def why_not(name: str, op: str, pairs: Pairs) -> str | None:
     """The reason why a backend cannot do ``op`` on these pairs, or ``None``."""
+    backend = _load(name)
+    return backend if isinstance(backend, str) else backend.unsupported(op, pairs)
+
+
+class Choice(NamedTuple):
+    """What dispatch answers: the backend that runs, or the error; and a reason for each of the others."""
+
+    chosen: str | None
+    error: str | None
+    others: dict[str, str]
+
+
+def choose(op: str, pairs: Pairs) -> Choice:
+    """Which backend would run ``op`` on these pairs now, and why the others would not."""
+    chosen = error = None
     try:
-        backend = _load(name)
-    except ImportError as error:
-        return f"{error.name or error} is not installed"
-    return backend.unsupported(op, pairs)
+        chosen = select(op, pairs, _forced).__name__.rpartition(".")[2]
+    except (RuntimeError, ValueError) as refusal:  # what is forced cannot, or does not exist
+        error = str(refusal)
+    passed_over = f"{chosen} comes first" if _forced == "auto" else f"{_forced} is forced"
+    return Choice(chosen, error, {n: why_not(n, op, pairs) or passed_over for n in NAMES if n != chosen})
 
 
 def available_backends(*tensors: Tensor) -> list[str]:
@@ -132,11 +150,17 @@ def available_backends(*tensors: Tensor) -> list[str]:
     Args:
         tensors: one or two sets of rows ``(M, D)``, ``(N, D)``; none means an fp32 CPU batch.
     """
-    import torch
-
     x = tensors[0] if tensors else torch.empty(2, 8)
     pairs = Pairs(x, tensors[1] if len(tensors) > 1 else x, torch.ones((), device=x.device))
     return [n for n in _order(x) if all(why_not(n, op, pairs) is None for op in ("reduce", "grad"))]
+
+
+def tf32_is_allowed() -> bool:
+    """Whether the user lets torch's own fp32 matrix products on CUDA run in TF32; kernels follow."""
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 there is a new attribute, and once a user sets that the old getter raises: it is read first.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def _order(x: Tensor) -> tuple[str, ...]:
@@ -152,5 +176,11 @@ def _check_name(name: str) -> None:
 
 
 @lru_cache(maxsize=None)
-def _load(name: str) -> ModuleType:
-    return import_module(f"{__name__}.{name}")
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported; tried once."""
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+    except Exception as error:  # a broken installation of one backend must not take the others down
+        return f"cannot be imported: {type(error).__name__}: {error}"

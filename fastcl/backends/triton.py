@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Pairs, Sides
+from . import Pairs, Sides, tf32_is_allowed
 
 # (BLOCK_M, BLOCK_N, BLOCK_D) and launch options. One static choice that fits the shared memory of every architecture
 # from sm_75 on; never tuned by timing, so that every run and every rank computes the same bits.
@@ -84,23 +84,13 @@ def _launch(kernel: Any, pairs: Pairs, slices: int, *tensors: Tensor | None, LIN
             x.contiguous(), y.contiguous(), scale,
             *(t if t is None else t.contiguous() for t in optional), *tensors,
             m, len(y), D=d, LINK=LINK, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-            PRECISION=_fp32_precision() if x.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if x.dtype == torch.float32 and not tf32_is_allowed() else "tf32",
             **({} if INTERPRETED else {"num_warps": _GPU_WARPS[x.dtype], **_GPU_OPTIONS}),
         )  # fmt: skip
 
 
 def _blocks() -> tuple[int, int, int]:
     return _INTERPRETER_BLOCKS if INTERPRETED else _GPU_BLOCKS
-
-
-def _fp32_precision() -> str:
-    """TF32 only where the user allows it for torch's own matrix products."""
-    matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 there are new attributes, and once a user sets those the old getter raises: they are read first.
-    precision = getattr(matmul, "fp32_precision", None)
-    if precision is None:
-        precision = "tf32" if matmul.allow_tf32 else "ieee"
-    return "tf32" if precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=None)
@@ -117,7 +107,7 @@ def _failed_check(device: torch.device) -> str | None:
     z = torch.nn.functional.normalize(torch.randn(75, 40, generator=generator), dim=1).to(device)
     keys = torch.arange(75, device=device) // 2
     pairs = Pairs(z, z, torch.tensor(10.0, device=device), drop_x=keys, drop_y=keys, symmetric=True)
-    tolerance = 1e-5 if _fp32_precision() == "ieee" else 5e-3
+    tolerance = 5e-3 if tf32_is_allowed() else 1e-5
     try:
         for link in ("exp", "softplus"):
             row, _ = reduce(link, pairs, False)

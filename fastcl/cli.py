@@ -1,0 +1,179 @@
+"""The command line: ``fastcl [info | selftest | bench | train]``, or ``python -m fastcl``.
+
+``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
+and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
+(``python -X dev`` shows where it was raised).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import trainer
+from ._checks import sentence
+from ._version import __version__
+from .trainer.errors import TrainError
+
+_STDOUT = "-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Without a command it is ``info``.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv`` when omitted.
+
+    Raises:
+        SystemExit: from argparse, for ``--help``, ``--version`` and words it does not know.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].partition("=")[0] == "--json":
+        words = ["info", *words]
+    args = _parser().parse_args(words)
+    try:
+        _check_folder("--json", getattr(args, "json", None))
+        code: int = args.execute(args)
+    except BrokenPipeError:  # as in `fastcl info | head`; the interpreter's last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (TrainError, ValueError, TypeError, RuntimeError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"fastcl {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import _info
+
+    report = _info.report()
+    if args.json != _STDOUT:
+        print(_info.text(report))
+    _write_json(report, args.json)
+    return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from . import _selftest
+
+    result = _selftest.run()
+    if args.json != _STDOUT:
+        print(_selftest.text(result))
+    _write_json(result, args.json)
+    return 0 if result["passed"] else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import _bench
+
+    _check_folder("--plot", args.plot)
+    if args.plot:
+        _bench.need_matplotlib()  # before minutes of measuring, not after
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr if args.json == _STDOUT else sys.stdout, flush=True)
+
+    given = {f.name: getattr(args, f.name) for f in fields(_bench.Settings)}
+    result = _bench.run(_bench.Settings(**given), progress)
+    _write_json(result, args.json)
+    if args.plot:
+        _bench.plot(result, args.plot)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    return trainer.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastcl",
+        description="Contrastive losses that never store the similarity matrix. Without a command: info.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastcl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    info = commands.add_parser("info", help="what is installed, which devices and backends there are, and why")
+    _add_json(info)
+    info.set_defaults(execute=_info)
+
+    selftest = commands.add_parser(
+        "selftest", help="check every backend of this machine against fp64, in about ten seconds"
+    )
+    _add_json(selftest)
+    selftest.set_defaults(execute=_selftest)
+
+    bench = commands.add_parser("bench", help="time and peak memory, dense against fastcl")
+    _add_bench(bench)
+    _add_json(bench)
+    bench.set_defaults(execute=_bench)
+
+    train = commands.add_parser("train", help="train an encoder on images, and probe it")
+    trainer.add_arguments(train)
+    train.set_defaults(execute=_train)
+    return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from ._bench import DTYPES, LOSSES, Settings
+
+    default = Settings()
+
+    def add(flag: str, help: str, **options: Any) -> None:
+        value = getattr(default, flag.removeprefix("--").replace("-", "_"))
+        parser.add_argument(flag, default=value, help=help, **options)
+
+    add("--loss", "which loss (default: %(default)s)", choices=tuple(LOSSES))
+    rows = ",".join(map(str, default.rows))
+    add("--rows", f"rows of the matrix: views, not images (default: {rows})", type=_integers, metavar="N,N,...")
+    add("--dim", "features per row (default: %(default)s)", type=int)
+    add("--dtype", "of the rows (default: %(default)s)", choices=DTYPES)
+    add("--device", "where to compute (default: %(default)s)", choices=("auto", "cpu", "cuda"))
+    add("--rounds", "calls of each contender, taking turns (default: %(default)s)", type=int)
+    add("--threads", "CPU threads (default: torch decides)", type=int)
+    add(
+        "--dense-limit-gb",
+        "skip a dense contender where it would need more memory than this (default: %(default)s)",
+        type=float,
+        metavar="GB",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also write time and memory over N as a PNG")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="print JSON in place of the text, or write it to FILE beside the text",
+    )
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(sentence(text, "integers with commas between them", "Try 512,1024.")) from None
+
+
+def _check_folder(flag: str, file: str | None) -> None:
+    folder = Path(file or ".").parent
+    if not folder.is_dir():
+        raise FileNotFoundError(sentence(f"{flag} {file}", "a file in a folder that exists", f"Create {folder} first."))
+
+
+def _write_json(data: dict[str, Any], file: str | None) -> None:
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    if file == _STDOUT:
+        sys.stdout.write(text)
+    elif file is not None:
+        Path(file).write_text(text, encoding="utf-8")
