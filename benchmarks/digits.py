@@ -1,0 +1,92 @@
+"""Does the trainer learn? Three seeds of SimCLR and MoCo on digits, a control that must fail, and one run repeated.
+
+python -m benchmarks.digits      about 10 minutes; writes results/digits.json, exits with 1 where a requirement fails
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcl._bench import _commit
+from fastcl._info import cpu_model, versions
+from fastcl.trainer import TrainConfig, train
+
+SEEDS = (0, 1, 2)
+LEAST = {"simclr": 96.0, "moco": 95.5}  # few10, percent
+CHANCE = math.log(2 * TrainConfig.batch_size - 1)  # NT-Xent of embeddings that tell nothing, ln(2N - 1)
+RESULT = Path(__file__).parent / "results" / "digits.json"
+
+
+def main() -> int:
+    """Run everything, write the result, and return the exit code."""
+    commit = _commit()  # before anything is written
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [_train(folder, method=method, seed=seed) for method in LEAST for seed in SEEDS]
+        control = _train(folder, method="simclr", seed=0, control="shuffled-pairs")
+        again = _train(folder, method="simclr", seed=0, output=f"{folder}/again")
+        curves = [Path(folder, name, "metrics.csv").read_bytes() for name in ("simclr-0-None", "again")]
+    checks = {
+        **{f"{row['method']} seed {row['seed']}: {what}": ok for row in rows for what, ok in _checks(row).items()},
+        "control: loss within 0.05 of ln(2N-1)": abs(control["loss"] - CHANCE) <= 0.05,
+        "control: few10 at most raw + 2": _few10(control, "trained") <= _few10(control, "raw") + 2,
+        "same seed twice: identical metrics": curves[0] == curves[1]
+        and all(rows[0][key] == again[key] for key in ("loss", "probe")),
+    }
+    RESULT.write_text(
+        json.dumps(
+            {
+                "command": "python -m benchmarks.digits",
+                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+                "commit": commit,
+                "versions": versions(),
+                "machine": {"device": cpu_model(), "threads": rows[0]["threads"]},
+                "checks": checks,
+                "rows": rows,
+                "control": control,
+                "repeat": again,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    for what, ok in checks.items():
+        print(f"{'pass' if ok else 'FAIL'}  {what}")
+    return 0 if all(checks.values()) else 1
+
+
+def _train(folder: str, **settings: Any) -> dict[str, Any]:
+    output = f"{folder}/{settings['method']}-{settings['seed']}-{settings.get('control')}"
+    result = train(TrainConfig(**{"output": output, **settings}))
+    scores = {name: round(probe["few10"]["mean"], 1) for name, probe in result["probe"].items()}
+    print(f"{settings}: loss {result['loss']:.3f}, few10 {scores}, {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def _checks(row: dict[str, Any]) -> dict[str, bool]:
+    method, trained = row["method"], _few10(row, "trained")
+    checks = {
+        f"few10 at least {LEAST[method]}": trained >= LEAST[method],
+        "few10 at least raw + 5": trained >= _few10(row, "raw") + 5,
+        "few10 at least random + 8": trained >= _few10(row, "random") + 8,
+        "two minutes at most": row["seconds"] <= 120,
+    }
+    if method == "simclr":
+        checks["loss at most ln(2N-1) - 1.5"] = row["loss"] <= CHANCE - 1.5
+    return checks
+
+
+def _few10(row: dict[str, Any], features: str) -> float:
+    return float(row["probe"][features]["few10"]["mean"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

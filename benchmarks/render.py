@@ -1,0 +1,146 @@
+"""Write the tables with figures in README.md and docs/ from the committed results: nobody types a figure.
+
+python -m benchmarks.render           rewrites what stands between <!-- table: NAME --> and <!-- /table -->
+python -m benchmarks.render --check   exits with 1 where a file is stale
+
+Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_BENCH_NOTE = (
+    "Medians of interleaved rounds; times faster and times less memory are against the better of the dense rows."
+)
+_TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite or check every document; 1 if a check finds a stale one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a file is stale")
+    check = parser.parse_args(argv).check
+    stale = False
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if not document.exists():
+            continue
+        old = document.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            stale = True
+            print(f"{document.relative_to(ROOT)}: {'stale, run python -m benchmarks.render' if check else 'rewritten'}")
+            if not check:
+                document.write_text(new, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+def rendered(text: str) -> str:
+    """The text with every table between markers made anew.
+
+    Raises:
+        ValueError: a marker that names no table, or has no end.
+    """
+    if text.count("<!-- table:") != len(_TABLE.findall(text)):
+        raise ValueError("got a table marker without an end; expected <!-- table: NAME --> ... <!-- /table -->.")
+    return _TABLE.sub(lambda match: f"{match[1]}{table(match['name'])}\n{match[3]}", text)
+
+
+def table(name: str) -> str:
+    """One table as Markdown, with the line that says where and how it was measured.
+
+    Raises:
+        ValueError: no table has that name.
+        FileNotFoundError: its results are not there.
+    """
+    if name not in TABLES:
+        raise ValueError(f"got the table {name!r}; expected one of {', '.join(TABLES)}. Mend the marker.")
+    file, render = TABLES[name]
+    results = ROOT / "benchmarks" / "results" / file
+    if not results.exists():
+        raise FileNotFoundError(
+            f"got no benchmarks/results/{file}; expected the results of table {name!r}. Measure them first: "
+            "benchmarks/README.md says how."
+        )
+    return render(json.loads(results.read_text(encoding="utf-8")))
+
+
+def bench(result: dict[str, Any]) -> str:
+    """What ``fastcl bench --json`` wrote."""
+    rows = []
+    for row in result["rows"]:
+        if row["skipped"]:
+            rows.append([f"{row['rows']:,}", row["contender"], f"skipped: {row['skipped']}", "", "", ""])
+            continue
+        faster, less = ("" if r is None else f"{r:.1f} x" for r in (row["times_faster"], row["times_less_memory"]))
+        milliseconds, megabytes = _digits(row["median_seconds"] * 1e3), _digits(row["peak_bytes"] / 1e6)
+        rows.append([f"{row['rows']:,}", row["contender"], milliseconds, megabytes, faster, less])
+    head = ["N", "implementation", "ms, forward + backward", "peak MB", "times faster", "times less memory"]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {_BENCH_NOTE}"
+
+
+def digits(result: dict[str, Any]) -> str:
+    """What ``benchmarks/digits.py`` wrote: probes of raw pixels, of random and of trained encoders.
+
+    Raw pixels and the random encoder of a seed do not depend on the method, so they are shown once.
+    """
+    probes: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in result["rows"]:
+        probes.setdefault(("raw pixels", ""), run["probe"]["raw"])
+        probes.setdefault(("random encoder", str(run["seed"])), run["probe"]["random"])
+    for run in result["rows"]:
+        probes[f"{run['method']}, {run['steps']} steps", str(run["seed"])] = run["probe"]["trained"]
+    control = result["control"]
+    probes["control: shuffled pairs", str(control["seed"])] = control["probe"]["trained"]
+    rows = [
+        [what, seed, _spread(probe["few10"]), _spread(probe["few1"]), f"{probe['linear']:.1f}", f"{probe['knn']:.1f}"]
+        for (what, seed), probe in probes.items()
+    ]
+    head = ["features", "seed", "10 labels per class", "1 label per class", "all labels", "kNN"]
+    checks = result["checks"].values()
+    note = (
+        "Accuracy in percent; the spread is over draws of the labels. "
+        f"{sum(checks)} of the {len(checks)} requirements in `benchmarks/digits.py` hold."
+    )
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {note}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; figures stand right."""
+    align = ["---:" if all(not row[i] or row[i][0].isdigit() for row in rows) else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, align, *rows))
+
+
+def _measured(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    at = f", commit {result['commit']}" if result["commit"] else ""
+    return f"`{result['command']}` on {machine['device']}, {threads}, torch {versions['torch']}, {result['date']}{at}."
+
+
+def _digits(value: float) -> str:
+    """Three figures, or all before the point."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['mean']:.1f} ± {value['std']:.1f}"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
+    "digits": ("digits.json", digits),
+}
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmarks.render: {error}")  # exit code 1
