@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from fastcl._bench import _commit
-from fastcl._info import cpu_model, versions
+from fastcl._info import commit, cpu_model, versions
 from fastcl.trainer import TrainConfig, train
 
 SEEDS = (0, 1, 2)
@@ -27,7 +26,7 @@ RESULT = Path(__file__).parent / "results" / "digits.json"
 
 def main() -> int:
     """Run everything, write the result, and return the exit code."""
-    commit = _commit()  # before anything is written
+    measured_at = commit()  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         rows = [_train(folder, method=method, seed=seed) for method in LEAST for seed in SEEDS]
         control = _train(folder, method="simclr", seed=0, control="shuffled-pairs")
@@ -45,7 +44,7 @@ def main() -> int:
             {
                 "command": "python -m benchmarks.digits",
                 "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": commit,
+                "commit": measured_at,
                 "versions": versions(),
                 "machine": {"device": cpu_model(), "threads": rows[0]["threads"]},
                 "checks": checks,

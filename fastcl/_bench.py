@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from . import functional, reference
 from ._checks import choice, sentence
-from ._info import cpu_model, versions
+from ._info import commit, cpu_model, versions
 from ._measure import interleaved_seconds, median_ratio, peak_bytes
 from .backends import available_backends, use_backend
 from .testing import CASES, LossCase
@@ -83,7 +81,7 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
     return {
         "command": _command(settings),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": versions(),
         "machine": machine,
         "settings": asdict(settings),
@@ -249,15 +247,3 @@ def _command(settings: Settings) -> str:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
             words.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(words)
-
-
-def _commit() -> str | None:
-    """Short hash of the checkout this runs from, with -dirty where files differ; ``None`` for an installed package."""
-    source = Path(__file__).resolve().parent.parent
-    if not (source / ".git").exists():
-        return None
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # no git, or no commit yet

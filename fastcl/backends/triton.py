@@ -21,7 +21,7 @@ from . import Pairs, Sides, tf32_is_allowed
 # from sm_75 on; never tuned by timing, so that every run and every rank computes the same bits.
 _GPU_BLOCKS = (64, 64, 64)
 _GPU_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
-_GPU_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # fp32 in 4 warps would spill registers
+_GPU_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # products in plain fp32 need more registers
 _INTERPRETER_BLOCKS = (16, 32, 32)
 
 

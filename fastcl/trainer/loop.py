@@ -1,0 +1,280 @@
+"""The training loop. What is random in step t is a function of (seed, t), so an interrupted run goes on exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional, reference
+from .._measure import peak_bytes
+from .._version import __version__
+from . import report
+from .checkpoint import load_checkpoint, save_checkpoint, write_json
+from .config import TrainConfig
+from .data import Data, load_data
+from .errors import TrainError, need
+from .methods import METHODS, MoCo, SimCLR
+from .models import build_encoder, calibrated
+from .probe import Prober
+from .progress import Progress
+from .run_folder import COLUMNS, claim, metrics_log
+
+_FINAL = 50  # the loss of a run is the mean of its last steps, this many
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train, probe and report; write the run folder.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        TrainError: the config, the data or an optional package is not usable, the folder already holds a run, or the
+            loss stopped being a number.
+    """
+    config = config.resolved()
+    return _run(config, Path(str(config.output)), None)
+
+
+def resume(folder: Path | str) -> dict[str, Any]:
+    """Continue an interrupted run from its last checkpoint, to the bits that it would have reached uninterrupted.
+
+    A finished run is left alone and its result returned.
+
+    Raises:
+        TrainError: there is no checkpoint, or it cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "result.json").exists():
+        finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return finished
+    state = load_checkpoint(folder / "checkpoint.pt")
+    return _run(TrainConfig(**state["config"]), folder, state)
+
+
+def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dict[str, Any]:
+    need("matplotlib", "the plots")  # better now than after the training
+    need("tensorboard", "the event log")
+    events = need("torch.utils.tensorboard", "the event log")
+    device = _device(config.device)
+    data = load_data(config)
+    prober = Prober(data, _generator("probe"))
+    with _threads(config.threads):
+        method = _build(config, data).to(device)
+        optimizer = torch.optim.AdamW(
+            [p for p in method.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
+        )
+        start, seconds, loss_seconds = 0, 0.0, 0.0
+        history: list[dict[str, Any]] = []
+        if state is None:
+            claim(folder, overwrite=config.overwrite)
+            write_json(folder / "config.json", dataclasses.asdict(config))
+        else:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, history = state["step"], state["history"]
+            seconds, loss_seconds = state["seconds"], state["loss_seconds"]
+
+        with (
+            metrics_log(folder / "metrics.csv", history) as log,
+            events.SummaryWriter(str(folder), purge_step=start + 1) as board,
+            Progress(config.steps, start) as progress,
+        ):
+            for step in range(start + 1, config.steps + 1):
+                began = _now(device)
+                learning_rate = _learning_rate(config, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                views = _views(config, data, step, device)
+                loss, spent = _step(method, optimizer, views, device)
+                loss_seconds += spent
+                seconds += _now(device) - began
+                if not math.isfinite(loss):
+                    raise TrainError(
+                        f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
+                        f"--temperature. The last checkpoint is in {folder}."
+                    )
+                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": learning_rate}
+                if step % config.probe_every == 0 or step == config.steps:
+                    row |= prober.monitor(prober.features(method.encoder, device))
+                history.append(row)
+                log(row)
+                for name in COLUMNS[1:]:
+                    if row[name] is not None:
+                        board.add_scalar(name, row[name], step)
+                images_per_second = config.batch_size * step / seconds
+                board.add_scalar("images_per_second", images_per_second, step)
+                progress.update(step, loss, images_per_second, loss_seconds / seconds)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    save_checkpoint(
+                        folder / "checkpoint.pt",
+                        {
+                            "config": dataclasses.asdict(config),
+                            "step": step,
+                            "seconds": seconds,
+                            "loss_seconds": loss_seconds,
+                            "method": method.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "history": history,
+                        },
+                    )
+        return _finish(config, folder, data, prober, method, history, seconds, loss_seconds)
+
+
+def _step(
+    method: SimCLR | MoCo, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor], device: torch.device
+) -> tuple[float, float]:
+    """One optimizer step: the loss, and the seconds that the loss itself took, forward and backward.
+
+    The backward pass is cut at the embeddings: first from the loss to them, timed, then from them to the weights.
+    """
+    optimizer.zero_grad()
+    embeddings = method.embed(*views)
+    leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
+    began = _now(device)
+    loss = method.loss(*leaves)
+    loss.backward()
+    spent = _now(device) - began
+    torch.autograd.backward(
+        [e for e in embeddings if e.requires_grad], [leaf.grad for leaf in leaves if leaf.grad is not None]
+    )
+    optimizer.step()
+    return loss.item(), spent
+
+
+def _views(config: TrainConfig, data: Data, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two views of step ``step``, counted from 1: ``(B, C, H, W)`` each, channels last, which convolves faster."""
+    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
+    at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
+    images = data.train.read(at).to(device, memory_format=torch.channels_last)
+    view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step))
+    if config.control == "shuffled-pairs":
+        view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
+    return view0, view1
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=_generator(seed, "order", epoch))
+
+
+def _generator(*key: object) -> torch.Generator:
+    """A random stream of its own for every key. Hashed, because torch's CPU generator reads 32 bits of its seed."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up over a twentieth of the steps, then a cosine that reaches 0 after the last one."""
+    warmup = max(config.steps // 20, 1)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
+
+
+def _build(config: TrainConfig, data: Data) -> SimCLR | MoCo:
+    """The method with the weights of the seed; the global generator is left as it was."""
+    _, channels, _, size = data.test.read(torch.tensor([0])).shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder, features = build_encoder(config.encoder, channels, size)
+        method = METHODS[config.method](encoder, features, config)
+    return method.to(memory_format=torch.channels_last)
+
+
+def _finish(
+    config: TrainConfig,
+    folder: Path,
+    data: Data,
+    prober: Prober,
+    method: SimCLR | MoCo,
+    history: list[dict[str, Any]],
+    seconds: float,
+    loss_seconds: float,
+) -> dict[str, Any]:
+    """Probe, measure, plot; ``result.json`` comes last: where it is, the run is complete."""
+    device = _device(config.device)
+    untrained = _build(config, data).to(device).encoder
+    features = {
+        "raw": prober.features(None, device),
+        "random": prober.features(calibrated(untrained, data.train, prober.train_at, device), device),
+        "trained": prober.features(method.encoder, device),
+    }
+    probe = {name: prober.all(f) for name, f in features.items()}
+    final = [row["loss"] for row in history[-_FINAL:]]
+    result = {
+        "method": config.method,
+        "dataset": config.data,
+        "seed": config.seed,
+        "steps": config.steps,
+        "loss": sum(final) / len(final),
+        "seconds": seconds,
+        "loss_share": loss_seconds / seconds,
+        "probe": probe,
+        "loss_peak_bytes": _loss_peak_bytes(method, _views(config, data, config.steps, device)),
+        "control": config.control,
+        "threads": config.threads,
+        "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    report.plot_loss(folder / "loss.png", history)
+    report.plot_probe(folder / "probe.png", history, probe)
+    report.plot_embedding(
+        folder / "embedding.png", features["trained"].test, features["trained"].test_labels, data.classes
+    )
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _loss_peak_bytes(method: SimCLR | MoCo, views: tuple[Tensor, Tensor]) -> dict[str, int]:
+    """Peak memory in bytes of the loss, forward and backward, fused and dense, on the same embeddings of one batch."""
+    with torch.no_grad():
+        embeddings = method.embed(*views)
+
+    def peak(functions: Any) -> int:
+        query, key = embeddings[0].clone().requires_grad_(), embeddings[1].clone()
+        if isinstance(method, SimCLR):
+            key.requires_grad_()
+        return peak_bytes(lambda: method.formula(functions, query, key).backward(), query.device)
+
+    return {"fastcl": peak(functional), "dense": peak(reference)}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainError(
+            f"got device {name!r}, which torch cannot use here ({reason}). Choose --device cpu."
+        ) from error
+    return device
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

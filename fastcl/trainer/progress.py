@@ -1,0 +1,45 @@
+"""How far a run is: a bar where somebody watches, a line every few seconds where nobody does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from .errors import need
+
+_EVERY = 5.0  # seconds between lines
+
+
+class Progress:
+    """Use as a context manager; call :meth:`update` after every step."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self.steps = steps
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = need("tqdm", "the progress bar").tqdm(total=steps, initial=start, unit="step", file=sys.stderr)
+        self.start, self.began = start, time.monotonic()
+        self.last_line = self.began
+
+    def update(self, step: int, loss: float, images_per_second: float, loss_share: float) -> None:
+        """``step`` steps are done."""
+        shown = f"loss {loss:.3f}, {images_per_second:.0f} images/s, loss share {loss_share:.0%}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= _EVERY or step == self.steps:
+            self.last_line = now
+            left = (now - self.began) / (step - self.start) * (self.steps - step)
+            print(f"step {step}/{self.steps}: {shown}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()

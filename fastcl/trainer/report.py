@@ -1,0 +1,79 @@
+"""What a run leaves to look at: a table for the terminal and PNG plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import need
+
+_ROWS = {"raw": "raw pixels", "random": "random init", "trained": "trained"}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result of a run as text; accuracies in percent on the held-out images."""
+    lines = [
+        f"{result['method']} on {result['dataset']}, seed {result['seed']}: {result['steps']} steps "
+        f"in {result['seconds']:.1f} s, loss {result['loss']:.3f}",
+        "",
+        f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}",
+    ]
+    for key, name in _ROWS.items():
+        row = result["probe"][key]
+        ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
+        lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
+    peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
+    lines += [
+        "",
+        f"share of a step spent in the loss: {result['loss_share']:.1%}",
+        f"peak memory of the loss: fastcl {peak['fastcl']:.2f} MiB, dense {peak['dense']:.2f} MiB",
+    ]
+    return "\n".join(lines)
+
+
+def plot_loss(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Loss against step."""
+    figure, axes = _figure()
+    axes.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", title="training loss")
+    figure.savefig(path)
+
+
+def plot_probe(path: Path, history: Sequence[Mapping[str, Any]], probe: Mapping[str, Any]) -> None:
+    """Probes of the encoder against step, and what raw pixels and random weights reach."""
+    figure, axes = _figure()
+    probed = [row for row in history if row["few10"] is not None]
+    for color, key, label in (("C0", "few10", "10 labels per class"), ("C1", "knn", "kNN")):
+        axes.plot([r["step"] for r in probed], [r[key] for r in probed], color=color, marker="o", label=label)
+        for style, baseline in (("--", "raw"), (":", "random")):
+            value = probe[baseline][key]
+            axes.axhline(
+                value["mean"] if key == "few10" else value, color=color, linestyle=style, label=f"{label}, {baseline}"
+            )
+    axes.set(xlabel="step", ylabel="held-out accuracy, %", title="probes")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_embedding(path: Path, features: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """The held-out images' features ``(N, F)`` on their first two principal components, one colour per class."""
+    centred = features - features.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    flat = centred @ directions[:2].T
+    figure, axes = _figure()
+    shown = axes.scatter(*flat.T.tolist(), c=labels.tolist(), cmap="tab10" if len(classes) <= 10 else "turbo", s=10)
+    if len(classes) <= 20:
+        handles, _ = shown.legend_elements(num=None)
+        axes.legend(handles, classes, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xlabel="first component", ylabel="second component", title="held-out images, principal components")
+    figure.savefig(path)
+
+
+def _figure() -> tuple[Any, Any]:
+    """A figure of its own, outside pyplot's global state: no display is needed and nothing is left behind."""
+    figure = need("matplotlib.figure", "the plots").Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    return figure, figure.add_subplot()

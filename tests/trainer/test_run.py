@@ -1,0 +1,308 @@
+"""A run from end to end: its folder, its repeatability, and what it refuses."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastcl import trainer
+from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
+from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from fastcl.trainer.data import Images, load_data
+from fastcl.trainer.errors import MissingPackage
+from fastcl.trainer.progress import Progress
+
+from .conftest import SHORT
+from .test_data import block_torchvision
+
+
+def test_the_run_folder_is_complete(short_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = short_run
+    names = {path.name for path in folder.iterdir()}
+    pictures = {"loss.png", "probe.png", "embedding.png"}
+    assert {"config.json", "checkpoint.pt", "metrics.csv", "result.json"} | pictures <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".tmp") for name in names)
+    for name in pictures:
+        data = (folder / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    assert (config.method, config.steps, config.temperature) == ("moco", 24, 0.5)
+
+
+def test_the_result_has_the_promised_keys(short_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, returned = short_run
+    result = json.loads((folder / "result.json").read_text())
+    assert result == returned
+    assert [result[k] for k in ("method", "dataset", "seed", "steps")] == ["moco", "digits", 0, 24]
+    assert set(result["probe"]) == {"raw", "random", "trained"}
+    for probe in result["probe"].values():
+        assert set(probe) == {"knn", "linear", "few10", "few1"}
+        assert set(probe["few10"]) == set(probe["few1"]) == {"mean", "std"}
+        accuracies = [probe["knn"], probe["linear"], probe["few10"]["mean"], probe["few1"]["mean"]]
+        assert all(30 < accuracy <= 100 for accuracy in accuracies)  # chance is 10
+    assert 88 < result["probe"]["raw"]["few10"]["mean"] < 92
+    assert 0 < result["loss_share"] < 1 and result["seconds"] > 0
+    assert result["loss_peak_bytes"]["fastcl"] > 0 and result["loss_peak_bytes"]["dense"] > 0
+    assert set(result["versions"]) == {"fastcl", "torch", "python"} and result["threads"] == 1
+    text = table(result)
+    for words in ("raw pixels", "random init", "trained", "kNN", "share of a step", "peak memory", "±"):
+        assert words in text
+
+
+def test_metrics_follow_every_step(short_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = short_run
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 25))
+    assert [int(row["step"]) for row in rows if row["few10"]] == [12, 24]
+    assert result["loss"] == pytest.approx(sum(float(row["loss"]) for row in rows) / 24)
+    assert float(rows[-1]["few10"]) == result["probe"]["trained"]["few10"]["mean"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert max(rates) == 3e-3 and rates[0] == 3e-3 and 0 < rates[-1] < 1e-4  # one step of warm-up, then a cosine
+
+
+def test_events_hold_the_metrics(short_run: tuple[Path, dict[str, Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(short_run[0]))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 25))
+    assert [event.step for event in events.Scalars("few10")] == [12, 24]
+
+
+def test_the_checkpoint_holds_tensors_and_plain_containers(short_run: tuple[Path, dict[str, Any]]) -> None:
+    state = torch.load(short_run[0] / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 24 and state["config"]["method"] == "moco"
+    assert "loss.queue.features" in state["method"] and "encoder.0.weight" in state["method"]
+
+
+@pytest.mark.parametrize("stop", [3, 13, 20])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(
+    stop: int, short_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, result = short_run
+    config = TrainConfig(method="moco", queue_size=100, output=str(tmp_path / "run"), **SHORT)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    folder = tmp_path / "run"
+    assert not (folder / "result.json").exists()
+    if stop < SHORT["checkpoint_every"]:
+        with pytest.raises(TrainError, match=r"no checkpoint\.pt"):
+            resume(folder)
+        return
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == stop // 8 * 8
+    resumed = resume(folder)
+    same_run(folder, whole)
+    assert (resumed["probe"], resumed["loss"]) == (result["probe"], result["loss"])
+    assert resume(folder) == resumed  # a finished run is left alone
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    short_run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, result = short_run
+    torch.manual_seed(123)  # the global generator has no say, and is left alone
+    before = torch.get_rng_state()
+    config = TrainConfig(method="moco", queue_size=100, output=str(tmp_path / "again"), **SHORT)
+    again = train(config)
+    assert torch.equal(before, torch.get_rng_state())
+    same_run(tmp_path / "again", whole)
+    assert (again["probe"], again["loss"]) == (result["probe"], result["loss"])
+    other = train(TrainConfig(method="moco", seed=1, output=str(tmp_path / "other"), **SHORT | {"steps": 2}))
+    assert other["loss"] != again["loss"]
+
+
+def test_views_are_a_function_of_seed_and_step() -> None:
+    digits = load_data(TrainConfig())
+    one = Images(torch.zeros(8), lambda at: digits.train.read(torch.zeros_like(at)))  # the same image 8 times
+    data = dataclasses.replace(digits, train=one)
+
+    def view(seed: int, step: int) -> torch.Tensor:
+        return loop._views(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0]
+
+    assert torch.equal(view(0, 1), view(0, 1))
+    for other in (view(0, 2), view(0, 3), view(1, 1)):  # steps 1 and 2 are one epoch, 3 is the next
+        assert not torch.equal(view(0, 1), other)
+
+
+def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
+    settings = SHORT | {"steps": 30, "probe_every": 30}
+    chance = math.log(2 * 64 - 1)
+    real = train(TrainConfig(output=str(tmp_path / "real"), **settings))
+    control = train(TrainConfig(output=str(tmp_path / "control"), control="shuffled-pairs", **settings))
+    with (tmp_path / "real" / "metrics.csv").open(newline="") as file:
+        last = float(list(csv.DictReader(file))[-1]["loss"])
+    assert last < chance - 0.8 and control["loss"] > chance - 0.05
+    assert control["probe"]["trained"]["few10"]["mean"] < real["probe"]["trained"]["few10"]["mean"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(short_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = short_run
+    before = (folder / "result.json").read_bytes()
+    with pytest.raises(TrainError, match=r"finished run; .* --overwrite"):
+        train(TrainConfig(output=str(folder)))
+    assert (folder / "result.json").read_bytes() == before
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(TrainError, match=r"interrupted run; .* --resume"):
+        train(TrainConfig(output=str(other)))
+    (other / "result.json").write_text("{}")
+    result = train(TrainConfig(output=str(other), overwrite=True, **SHORT | {"steps": 1}))
+    assert json.loads((other / "result.json").read_text()) == result
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "weights": torch.ones(1000)})
+    assert load_checkpoint(path)["step"] == 1
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(TrainError, match="cannot be read"):
+        load_checkpoint(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(TrainError, match="of format 99"):
+        load_checkpoint(path)
+    torch.save({"format": 1, "step": Path("an object of any class could run code")}, path)
+    with pytest.raises(TrainError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(path, {"step": 2, "bad": lambda: None})
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_step", lambda *args: (math.nan, 0.0))
+    with pytest.raises(TrainError, match=r"nan at step 1; .* --learning-rate"):
+        train(TrainConfig(output=str(tmp_path / "run"), **SHORT))
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_a_missing_extra_is_named_before_training(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # makes `import package` raise ImportError
+    with pytest.raises(MissingPackage, match=rf'{package} .* pip install "fastcl\[train\]"'):
+        train(TrainConfig(output=str(tmp_path / "run"), **SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "byol"}, "one of simclr, moco"),
+        ({"data": "mnist"}, "one of digits"),
+        ({"encoder": "vgg"}, "one of conv"),
+        ({"control": "none"}, "one of shuffled-pairs"),
+        ({"steps": 0}, "steps = 0; expected 1 or more"),
+        ({"threads": 0}, "threads = 0; expected 1 or more"),
+        ({"temperature": 0.0}, "temperature = 0.0; expected a finite number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate = nan"),
+        ({"momentum": 1.5}, "momentum = 1.5; expected 0 to 1"),
+        ({"device": "toaster"}, "device 'toaster'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=sentence):
+        train(TrainConfig(**{"output": str(tmp_path / "run"), **settings}))
+    assert not (tmp_path / "run").exists()
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    trainer.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_the_command_trains_without_torchvision_and_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block_torchvision(monkeypatch, ImportError("blocked"))
+    run, file = str(tmp_path / "run"), tmp_path / "result.json"
+    args = parse("--steps", "2", "--batch-size", "32", "--threads", "1", "--output", run, "--json", str(file))
+    assert trainer.run(args) == 0
+    out, err = capsys.readouterr()
+    assert "raw pixels" in out and run in out
+    assert "step 2/2: loss" in err
+    assert json.loads(file.read_text()) == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert trainer.run(parse("--resume", run, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+
+
+def test_resume_takes_no_other_setting(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="got --steps, --seed with --resume"):
+        trainer.run(parse("--resume", str(tmp_path), "--seed", "1", "--steps", "5"))
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, at=1)
+    assert trainer.run(parse("--batch-size", "32", "--threads", "1", "--output", str(tmp_path / "run"))) == 130
+    assert f"fastcl train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_flags_and_fields_have_the_same_defaults_and_types() -> None:
+    assert not [name for name in vars(parse()) if name not in ("resume", "json")]
+    args = parse("--steps", "3", "--temperature", "0.1", "--download", "--data-dir", "x", "--threads", "2")
+    assert (args.steps, args.temperature, args.download, args.data_dir, args.threads) == (3, 0.1, True, "x", 2)
+
+
+def test_where_nobody_watches_progress_is_a_line_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 4.9, 5.1, 6.0, 10.2])
+    monkeypatch.setattr("fastcl.trainer.progress.time.monotonic", lambda: next(clock))
+    with Progress(100, 0) as progress:
+        for step in range(1, 6):
+            progress.update(step, 1.5, 10.0, 0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 3/100", "step 5/100"]
+    assert "loss 1.500, 10 images/s, loss share 10%, 165 s left" in lines[0]
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress(10, 4) as progress:
+        progress.update(10, 1.5, 10.0, 0.1)
+    assert "10/10" in capsys.readouterr().err
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Ctrl-C in the middle of step ``at``."""
+    step, steps = loop._step, iter(range(1, 1000))
+
+    def interrupted(*args: Any) -> tuple[float, float]:
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Equal metrics, weights, queue and optimizer, bit for bit."""
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (one, other))
+    assert a["history"] == b["history"] and list(a["method"]) == list(b["method"])
+    for name in a["method"]:
+        assert torch.equal(a["method"][name], b["method"][name]), name
+    for i, state in a["optimizer"]["state"].items():
+        for name in state:
+            assert torch.equal(state[name], b["optimizer"]["state"][i][name]), (i, name)
