@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fastcl
+from fastcl import _ops
+from fastcl.backends import Pairs, Sides
 from fastcl.pairwise import (
     l2_normalize,
     merge_logsumexp,
@@ -220,6 +222,30 @@ def test_empty_sides(m: int, n: int, backend: str) -> None:
         assert not dk.any()
 
 
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+def test_backends_transpose_everything(link: str, backend: str) -> None:
+    """The transposed matrix has the transposed results: every field of the contract exists for rows and for columns."""
+    q, k, row_bias, col_bias, row_ceiling, col_ceiling = (
+        t.detach() for t in tensors((M, D), (N, D), (M,), (N,), (M,), (N,))
+    )
+    drop, only = (integers(M, 9, 1), integers(N, 9, 2)), (integers(M, 3, 3), integers(N, 3, 4))
+    scale = torch.tensor(2.0, device=DEVICE)
+    pairs = Pairs(q, k, scale, row_bias, col_bias, *drop, *only, 2 + row_ceiling, 2 + col_ceiling)
+    row, col = _ops.pair_reduce(link, *pairs, True, backend)
+    s = 2.0 * q @ k.T + row_bias[:, None] + col_bias
+    keep = (drop[0][:, None] != drop[1]) & (only[0][:, None] == only[1])
+    below = keep & (s <= 2 + row_ceiling[:, None]) & (s <= 2 + col_ceiling)
+    assert 0 < below.sum() < keep.sum()
+    s = s.masked_fill(~below, -torch.inf)
+    assert_close(row, s.logsumexp(1) if link == "exp" else torch.nn.functional.softplus(s, threshold=50).sum(1), 2e-6)
+    sides = Sides(row, row_bias, col, col_bias)
+    dx, dy, row_sum, col_sum = _ops.pair_grad(link, *pairs, *sides, True, True, True, backend)
+    col2, row2 = _ops.pair_reduce(link, *pairs.swapped(), True, backend)
+    dy2, dx2, col_sum2, row_sum2 = _ops.pair_grad(link, *pairs.swapped(), *sides.swapped(), True, True, True, backend)
+    for a, b in ((row, row2), (col, col2), (dx, dx2), (dy, dy2), (row_sum, row_sum2), (col_sum, col_sum2)):
+        assert_close(a, b, 3e-6)
+
+
 def test_tiles_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles give what one tile gives, symmetric or not, and the same bits on every run."""
     from fastcl.backends import chunked
@@ -260,7 +286,8 @@ def test_blocks_of_columns_merge() -> None:
     (got,) = torch.autograd.grad(merged.square().sum(), q)
     (whole,) = torch.autograd.grad(pair_logsumexp(q, k, scale=2.0).square().sum(), q)
     assert_close(got, whole, 1e-5)
-    empty = pair_logsumexp(q, k[:0], scale=2.0)
+    forget_all = torch.zeros(M, dtype=torch.long, device=DEVICE), torch.zeros(N, dtype=torch.long, device=DEVICE)
+    empty = pair_logsumexp(q, k, scale=2.0, drop=forget_all)
     nothing = merge_logsumexp(empty, empty)
     assert (nothing == -torch.inf).all()
     (grad,) = torch.autograd.grad(torch.sigmoid(nothing).sum(), q)
