@@ -20,7 +20,7 @@ from ._measure import interleaved_seconds, median_ratio, peak_bytes
 from .backends import available_backends, use_backend
 from .testing import CASES, LossCase
 
-# The contenders that store the matrix, and how many of its size live at once: measured up to 5.3 (NT-Xent), 4.1 (CLIP).
+# The contenders that store the matrix, and how many of its size live at once, rounded up.
 DENSE = {"dense": 6, "cross-entropy": 5}
 LOSSES: dict[str, LossCase] = {}
 for _case in CASES:

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import functional, pairwise
 from .backends import Pairs, choose
@@ -17,7 +18,7 @@ _SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1}
 def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Say which backend runs each kernel of a loss on tensors like these, and why the others do not.
 
-    The loss is traced without computing anything, forward and (where an input wants a gradient) backward.
+    The loss is traced without computing or changing anything, forward and (where an input wants a gradient) backward.
 
     Args:
         loss: a module or function, or a name in ``fastcl.functional`` or ``fastcl.pairwise``.
@@ -32,6 +33,7 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
           not triton: needs CUDA tensors or TRITON_INTERPRET=1, got cpu
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
     from torch.utils._python_dispatch import TorchDispatchMode
 
     if isinstance(loss, str):
@@ -48,11 +50,21 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Recorder():
-        fakes = [fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
-        fake_kwargs = {k: fake.from_tensor(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        result = loss(*fakes, **fake_kwargs)
-        if isinstance(result, Tensor) and result.requires_grad:
-            result.sum().backward()
+
+        def faked(value: Any) -> Any:
+            return fake.from_tensor(value) if isinstance(value, Tensor) else value
+
+        inputs, named = tuple(map(faked, args)), {name: faked(value) for name, value in kwargs.items()}
+        state = {}
+        if isinstance(loss, nn.Module):  # a queue must not move on, nor a parameter get a gradient
+            state = {name: faked(t) for name, t in (*loss.named_parameters(), *loss.named_buffers())}
+            result = functional_call(loss, state, inputs, named)
+        else:
+            result = loss(*inputs, **named)
+        tensors = [t for t in (*inputs, *named.values(), *state.values()) if isinstance(t, Tensor)]
+        leaves = [t for t in tensors if t.requires_grad]
+        if leaves and isinstance(result, Tensor) and result.requires_grad:
+            torch.autograd.grad(result.sum(), leaves, allow_unused=True)
     return "\n".join(_describe(*call) for call in calls.values()) or "no fastcl kernel is called"
 
 

@@ -201,6 +201,7 @@ class SupConLoss(_TemperatureLoss):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if isinstance(z, Tensor) and z.ndim == 3:
+            _checks.vector("labels", labels, z.shape[0], z, integer=True)
             labels = labels.repeat_interleave(z.shape[1])
             z = z.flatten(0, 1)
         return F.supcon(self._unit(z), labels, temperature=self.temperature, reduction=self.reduction)

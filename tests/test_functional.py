@@ -159,6 +159,9 @@ def test_easy_pairs_keep_their_digits(name: str, seed: int, backend: str) -> Non
     args, kwargs = case.inputs(33, 400, device=DEVICE, seed=seed, easy=True, **number)
     want, _ = exact(case, args, kwargs)
     assert 0 < want < 1e-13
+    if name == "nt_xent":
+        s = (args[0] @ args[0].T / 0.02).fill_diagonal_(-torch.inf)
+        assert torch.nn.functional.cross_entropy(s, torch.arange(66, device=DEVICE).roll(33)) == 0
     check_case(case, args, kwargs, tolerance=(1e-5, 1e-5))
 
 
@@ -348,6 +351,7 @@ BAD = {
     "labels too short": (ValueError, lambda: functional.supcon(Z, torch.arange(5), temperature=0.1)),
     "labels of floats": (TypeError, lambda: functional.supcon(Z, torch.rand(6), temperature=0.1)),
     "labels as a list": (TypeError, lambda: functional.supcon(Z, [0] * 6, temperature=0.1)),
+    "labels of views as a list": (TypeError, lambda: fastcl.SupConLoss()(Z[:, None], [0] * 6)),
     "unknown reduction": (ValueError, lambda: functional.nt_xent(Z, temperature=0.1, reduction="avg")),
 }
 

@@ -422,6 +422,17 @@ def test_a_backend_that_cannot_says_why() -> None:
     assert fastcl.available_backends(q) == ["chunked"]
 
 
+def test_explain_changes_nothing() -> None:
+    loss = fastcl.MoCoLoss(3, queue_size=16, learn_temperature=True)
+    before = {name: t.clone() for name, t in loss.state_dict().items()}
+    q = torch.randn(4, 3, requires_grad=True)
+    assert "pair_reduce_grad (4 x 16 x 3, float32 on cpu): chunked" in fastcl.explain(loss, q, torch.randn(4, 3))
+    assert all(torch.equal(t, before[name]) for name, t in loss.state_dict().items())
+    assert q.grad is None
+    assert loss.log_scale.grad is None
+    assert "pair_grad" in fastcl.explain(fastcl.NTXentLoss(learn_temperature=True), torch.randn(4, 3))
+
+
 def test_explain_names_the_choice_and_the_reasons() -> None:
     z = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     text = fastcl.explain("nt_xent", z)

@@ -69,7 +69,7 @@ class TrainConfig:
                 raise TrainError(f"got {name} = {value}; expected a finite number above 0. Choose another.")
         if not 0 <= self.momentum <= 1:
             raise TrainError(f"got momentum = {self.momentum}; expected 0 to 1. Values near 1 are usual.")
-        # Two spinning OpenMP threads on a busy 2-core machine were 8 times slower than one.
+        # Spinning OpenMP threads on a busy machine can be several times slower than one thread.
         threads = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.threads is None else self.threads
         control = f"-{self.control}" if self.control else ""
         output = self.output or f"runs/{self.method}-{self.data}-seed{self.seed}{control}"
