@@ -13,7 +13,7 @@ import torch
 
 from . import _settings
 from ._version import __version__
-from .backends import OPS, Pairs, choose
+from .backends import OPS, Pairs, choose, native
 
 _OTHER_SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")  # that change what fastcl does
 
@@ -28,7 +28,7 @@ def report() -> dict[str, Any]:
         "machine": machine(),
         "cuda": _cuda(),
         "backends": {str(device): _backends(device) for device in devices()},
-        "native": "this version of fastcl has no native module",
+        "native": native.status(),
         "caches": _caches(),
         "settings": {
             name: os.environ.get(name) for name in sorted({*_settings.KNOWN, *_OTHER_SETTINGS, *_fastcl_variables()})

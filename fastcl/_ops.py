@@ -10,7 +10,7 @@
     exp         log sum_j e^s_ij             row_grad_i e^(s_ij - row_lse_i) + col_grad_j e^(s_ij - col_lse_j)
     softplus    sum_j log(1 + e^s_ij)        (row_grad_i + col_grad_j) sigmoid(s_ij)
 
-    pair_reduce  -> row (M,), and with `both` the same over columns, col (N,)
+    pair_reduce  -> row (M,), and with `both` the same over columns, col (N,); `keep`: pair_grad will follow
     pair_grad    -> dx_i = sum_j w_ij y_j (M, D)    dy_j = sum_i w_ij x_i (N, D)
                     row_sum_i = sum_j w_ij (M,)     col_sum_j = sum_i w_ij (N,)
     pair_reduce_grad -> row (M,), and dx, row_sum of pair_grad for row_grad = 1: where y is frozen, the gradient of
@@ -42,7 +42,7 @@ _SIDES = "Tensor? row_lse, Tensor? row_grad, Tensor? col_lse, Tensor? col_grad"
 _WANT = "bool want_dx, bool want_dy, bool want_sums"
 _N_PAIRS, _N_SIDES = len(Pairs._fields), len(Sides._fields)
 
-torch.library.define("fastcl::pair_reduce", f"(str link, {_PAIRS}, bool both, str backend) -> (Tensor, Tensor)")
+torch.library.define("fastcl::pair_reduce", f"(str link, {_PAIRS}, bool both, bool keep, str backend) -> (Tensor, Tensor)")
 torch.library.define(
     "fastcl::pair_grad", f"(str link, {_PAIRS}, {_SIDES}, {_WANT}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -55,8 +55,8 @@ torch.library.define("fastcl::pair_topk", f"({_PAIRS}, int topk, str backend) ->
 
 @torch.library.impl("fastcl::pair_reduce", "CompositeExplicitAutograd")
 def _reduce(link: str, *args: Any) -> tuple[Tensor, Tensor]:
-    pairs, (both, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    return select("reduce", pairs, backend).reduce(link, pairs, both)
+    pairs, (both, keep, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
+    return select("reduce", pairs, backend).reduce(link, pairs, both, keep)
 
 
 @torch.library.impl("fastcl::pair_grad", "CompositeExplicitAutograd")
@@ -71,7 +71,9 @@ def _grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     pairs, (want_dx, want_sums, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
     kernels = select("grad", pairs, backend)
-    row, _ = kernels.reduce(link, pairs, False)
+    if hasattr(kernels, "reduce_grad") and (done := kernels.reduce_grad(link, pairs, want_dx, want_sums)) is not None:
+        return done
+    row, _ = kernels.reduce(link, pairs, False, True)
     unit = Sides(_empty_to_inf(row), torch.ones_like(row))
     dx, _, row_sum, _ = kernels.grad(link, pairs, unit, want_dx, False, want_sums)
     return row, dx, row_sum
@@ -94,7 +96,7 @@ def _new(like: Tensor, *shape: int) -> Tensor:
 
 @torch.library.register_fake("fastcl::pair_reduce")
 def _fake_reduce(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    both = args[-2]
+    both = args[-3]
     return _new(x, x.shape[0]), _new(x, y.shape[0] if both else 0)
 
 

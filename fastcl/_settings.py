@@ -1,7 +1,10 @@
 """Environment variables that change how fastcl runs, read once, here and nowhere else.
 
 ``FASTCL_BACKEND``       force one backend for the whole process (as ``fastcl.use_backend`` does for a block)
+``FASTCL_CPU_ISA``       run the native kernels of a lower instruction set than the machine's best: avx2, baseline, ...
 ``FASTCL_WORKSPACE_MB``  scratch memory a kernel may use beside its inputs and outputs, in MiB
+
+``FASTCL_NATIVE`` and ``FASTCL_CXXFLAGS`` are read by setup.py.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import math
 import os
 import warnings
 
-KNOWN = ("FASTCL_BACKEND", "FASTCL_WORKSPACE_MB")
+KNOWN = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_CXXFLAGS", "FASTCL_NATIVE", "FASTCL_WORKSPACE_MB")
 
 
 def _workspace() -> int | None:
@@ -38,4 +41,5 @@ for _name in sorted(os.environ):
         )
 
 backend: str = os.environ.get("FASTCL_BACKEND") or "auto"
+cpu_isa: str | None = os.environ.get("FASTCL_CPU_ISA") or None  # None: the best this machine has
 workspace_bytes: int | None = _workspace()  # None: each backend's own default

@@ -199,7 +199,7 @@ def _reduce(
     frozen_k = frozen_k and (pairs.col_bias is None or not pairs.col_bias.requires_grad)
     if needs_grad and frozen_k:
         return _apply(_ReduceFrozen, link, forced(), dtype, *pairs)
-    row, col = _apply(_Reduce, link, forced(), dtype, both, *pairs)
+    row, col = _apply(_Reduce, link, forced(), dtype, both, needs_grad, *pairs)
     return (row, col) if both else row
 
 
@@ -233,11 +233,13 @@ class _Reduce(torch.autograd.Function):
     """A pair reduction whose backward computes the tiles again."""
 
     @staticmethod
-    def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, both: bool, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, link: str, backend: str, dtype: torch.dtype, both: bool, keep: bool, *args: Any
+    ) -> tuple[Tensor, Tensor]:
         pairs = Pairs(*args)
         ctx.dtypes = [None if t is None else t.dtype for t in args[:5]]
         pairs = _rounded(pairs, dtype)
-        row, col = _ops.pair_reduce(link, *pairs, both, backend)
+        row, col = _ops.pair_reduce(link, *pairs, both, keep, backend)
         ctx.link, ctx.backend, ctx.symmetric, ctx.both = link, backend, pairs.symmetric, both
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(row, col, *tuple(pairs)[:-1])
@@ -250,11 +252,11 @@ class _Reduce(torch.autograd.Function):
     def backward(ctx: Any, row_grad: Tensor | None, col_grad: Tensor | None) -> tuple[Any, ...]:
         row, col, *saved = ctx.saved_tensors
         pairs = Pairs(*(*saved, ctx.symmetric))
-        want_q, want_k, want_scale, want_row_bias, want_col_bias = ctx.needs_input_grad[4:9]
+        want_q, want_k, want_scale, want_row_bias, want_col_bias = ctx.needs_input_grad[5:10]
         if not ctx.both:  # torch.compile sends zeros where eager sends None
             col_grad = None
         if row_grad is None and col_grad is None:
-            return (None,) * (4 + len(pairs))
+            return (None,) * (5 + len(pairs))
         row_side = (None, None) if row_grad is None else (row, row_grad)
         col_side = (None, None) if col_grad is None else (col, col_grad)
         if pairs.symmetric:
@@ -276,7 +278,7 @@ class _Reduce(torch.autograd.Function):
             col_sum * half if want_col_bias else None,
         )
         cast = (None if g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True))
-        return None, None, None, None, *cast, *(None,) * (len(pairs) - 5)
+        return None, None, None, None, None, *cast, *(None,) * (len(pairs) - 5)
 
 
 class _ReduceFrozen(torch.autograd.Function):

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 import pytest
 
 import fastcl
+from fastcl.backends import native
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["chunked", "triton"])
+@pytest.fixture(params=["native", "chunked", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend in turn, forced."""
+    if request.param == "native" and (native._C is None or DEVICE != "cpu"):
+        pytest.skip(native.status() if native._C is None else f"native runs on the CPU, these tests on {DEVICE}")
     with fastcl.use_backend(request.param):
         yield request.param

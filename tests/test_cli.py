@@ -62,7 +62,7 @@ def test_report_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
 def test_report_as_a_module_with_a_backend_that_does_not_exist() -> None:
     done = python("-m", "fastcl", FASTCL_BACKEND="cuda-magic", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert "got backend 'cuda-magic'; expected one of chunked, triton, auto" in done.stdout
+    assert "got backend 'cuda-magic'; expected one of native, chunked, triton, auto" in done.stdout
 
 
 def test_json_to_a_file_keeps_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

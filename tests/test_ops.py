@@ -30,7 +30,8 @@ def test_opcheck(link: str, masked: bool, symmetric: bool) -> None:
     p = pairs(masked, symmetric)
     m, n = len(p.x), len(p.y)
     for both in {False, not symmetric}:
-        torch.library.opcheck(_ops.pair_reduce, (link, *p, both, "auto"))
+        for keep in (False, True):
+            torch.library.opcheck(_ops.pair_reduce, (link, *p, both, keep, "auto"))
     row, col = torch.rand(m) + 9, torch.rand(n) + 9
     sides = (row, row, row, row) if symmetric else (row, torch.rand(m), col, torch.rand(n))
     for want_dx, want_dy, want_sums in [(True, not symmetric, True), (True, False, False)]:

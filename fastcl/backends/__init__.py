@@ -3,9 +3,10 @@
 A backend is a module with three kernels over the same :class:`Pairs` (their mathematics stands in ``fastcl._ops``) ::
 
     unsupported(op, pairs) -> str | None              # a reason in words, or None: "I can do this"
-    reduce(link, pairs, both) -> (row, col)
+    reduce(link, pairs, both, keep) -> (row, col)     # keep: grad will follow; what eases it may be kept
     grad(link, pairs, sides, want_dx, want_dy, want_sums) -> (dx, dy, row_sum, col_sum)
     topk(pairs, topk) -> (values, indices)
+    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # may be absent: one pass instead of two
 
 ``op`` is one of ``OPS``. To add a backend, add a file here and its name to ``PREFERENCE``.
 """
@@ -27,10 +28,10 @@ from .. import _settings
 # Device type -> backends, best first.
 PREFERENCE = {
     "cuda": ("triton", "chunked"),
-    "cpu": ("chunked", "triton"),  # triton runs on CPU tensors in its interpreter only: for tests
+    "cpu": ("native", "chunked", "triton"),  # triton runs on CPU tensors in its interpreter only: for tests
 }
 OTHER_DEVICES = ("chunked", "triton")
-NAMES = ("chunked", "triton")
+NAMES = ("native", "chunked", "triton")
 OPS = ("reduce", "grad", "topk")
 
 
@@ -86,7 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every loss called inside the block, and later its backward, on one backend.
 
     Args:
-        name: ``"chunked"``, ``"triton"``, or ``"auto"`` for the dispatch table.
+        name: ``"native"``, ``"chunked"``, ``"triton"``, or ``"auto"`` for the dispatch table.
 
     Raises:
         ValueError: no backend has that name.

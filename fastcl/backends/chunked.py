@@ -25,7 +25,7 @@ def unsupported(op: str, pairs: Pairs) -> str | None:
     return None
 
 
-def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
+def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
     x, y = pairs.x, pairs.y
     empty = -torch.inf if link == "exp" else 0.0
     row = x.new_full((len(x),), empty, dtype=_sum_dtype(x))

@@ -40,7 +40,7 @@ def unsupported(op: str, pairs: Pairs) -> str | None:
     return None if INTERPRETED else _failed_check(x.device)
 
 
-def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
+def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
     row = _reduce_rows(link, pairs)
     return row, _reduce_rows(link, pairs.swapped()) if both else row.new_empty(0)
 

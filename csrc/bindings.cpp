@@ -1,0 +1,91 @@
+// The Python module fastcl._C: the only C++ file that knows Python. Tensors arrive as addresses and strides, so the
+// module is built without torch and serves every version of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "engine.hpp"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using fastcl::i64;
+using Address = uintptr_t;  // 0 where a tensor is absent
+using RowsTuple = std::tuple<Address, int, i64, i64, i64, i64>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+fastcl::Rows rows(const RowsTuple& t) {
+  const auto& [data, dtype, count, depth, row_stride, col_stride] = t;
+  return {at<void>(data), fastcl::Dtype(dtype), count, depth, row_stride, col_stride};
+}
+
+fastcl::Side side(Address lse, Address grad) { return {at<float>(lse), at<float>(grad)}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  using fastcl::Engine;
+  using Free = py::call_guard<py::gil_scoped_release>;
+  module.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const char* name : fastcl::instruction_sets()) names.push_back(name);
+    return names;
+  });
+  py::class_<Engine>(module, "Engine")
+      .def(py::init([](const RowsTuple& x, const RowsTuple& y, bool symmetric, float scale, Address row_bias,
+                       Address col_bias, Address drop_x, Address drop_y, Address only_x, Address only_y,
+                       Address row_ceiling, Address col_ceiling, const std::string& isa, int threads) {
+             const fastcl::Pairs pairs{rows(x),
+                                       rows(y),
+                                       symmetric,
+                                       scale,
+                                       at<float>(row_bias),
+                                       at<float>(col_bias),
+                                       at<float>(row_ceiling),
+                                       at<float>(col_ceiling),
+                                       at<i64>(drop_x),
+                                       at<i64>(drop_y),
+                                       at<i64>(only_x),
+                                       at<i64>(only_y)};
+             return std::make_unique<Engine>(pairs, isa.c_str(), threads);
+           }),
+           Free())
+      .def_property_readonly("work_bytes", &Engine::work_bytes)
+      .def_property_readonly("tiles", &Engine::tiles)
+      .def_property_readonly("tile_bytes", &Engine::tile_bytes)
+      .def_property_readonly("wide", &Engine::wide)
+      .def("packed_bytes", &Engine::packed_bytes, "gradient"_a)
+      .def("pack", [](Engine& e, Address packed, bool gradient) { e.pack(at<void>(packed), gradient); }, Free())
+      .def("reuse", [](Engine& e, Address packed) { return e.reuse(at<void>(packed)); }, Free())
+      .def("reduce",
+           [](Engine& e, int link, bool both, Address work, Address kept, i64 keep, Address row, Address col) {
+             return e.reduce(fastcl::Link(link), both, at<void>(work), at<void>(kept), keep, at<float>(row),
+                             at<float>(col));
+           },
+           Free())
+      .def("grad",
+           [](Engine& e, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address work,
+              Address kept, i64 keep, Address dx, Address dy, Address row_sum, Address col_sum) {
+             e.grad(fastcl::Link(link), side(row_lse, row_grad), side(col_lse, col_grad), at<void>(work),
+                    at<void>(kept), keep, at<float>(dx), at<float>(dy), at<float>(row_sum), at<float>(col_sum));
+           },
+           Free())
+      .def("reduce_grad",
+           [](Engine& e, Address work, Address row, Address dx) {
+             return e.reduce_grad(at<void>(work), at<float>(row), at<float>(dx));
+           },
+           Free())
+      .def("topk",
+           [](Engine& e, Address work, i64 k, Address values, Address indices) {
+             e.topk(at<void>(work), k, at<float>(values), at<i64>(indices));
+           },
+           Free());
+}

@@ -1,0 +1,14 @@
+// A few worker threads, created when they are first needed and gone after a fork: an OpenMP runtime that has run once
+// hangs in a forked child, and data loaders fork.
+#pragma once
+
+#include <functional>
+
+namespace fastcl {
+
+// Runs work(0) .. work(n - 1), each on a thread of its own, and returns when all have ended. Work must not throw. While
+// another caller uses the workers, or where no thread can be created, work(0) runs alone: work(k) must share out a
+// common list, not assume that all of it runs.
+void run_on_threads(int n, const std::function<void(int)>& work);
+
+}  // namespace fastcl

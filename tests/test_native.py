@@ -1,0 +1,304 @@
+"""What is native's own: every instruction set, threads, forks, memory edges, what it keeps, and living without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import fastcl
+from fastcl import _measure, _settings, functional
+from fastcl.backends import Pairs, Sides, chunked, native
+from fastcl.testing import CASES, LossCase
+
+from .oracle import assert_close, check_case, loss_and_grads
+
+pytestmark = pytest.mark.skipif(native._C is None, reason="the native module is not built here: fastcl info says why")
+SETS = native._C.instruction_sets() if native._C is not None else []
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set of this machine."""
+    monkeypatch.setattr(_settings, "cpu_isa", request.param)
+    with fastcl.use_backend("native"):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pairs_of(m: int, n: int, d: int, *, masked: bool = False, symmetric: bool = False, scale: float = 9.0) -> Pairs:
+    generator = torch.Generator().manual_seed(m + n + d)
+    x, y = (normalize(torch.randn(r, d, generator=generator), dim=1) for r in (m, n))
+    if symmetric:
+        y, n = x, m
+    plain = Pairs(x, y, torch.tensor(scale), symmetric=symmetric)
+    if not masked:
+        return plain
+    keys = [torch.randint(5, (r,), generator=generator) for r in (m, n)]
+    if symmetric:
+        return plain._replace(drop_x=torch.arange(m), drop_y=torch.arange(m), only_x=keys[0], only_y=keys[0])
+    bias = [torch.randn(r, generator=generator) for r in (m, n)]
+    return plain._replace(
+        row_bias=bias[0], col_bias=bias[1], drop_x=keys[0], drop_y=keys[1], row_ceiling=bias[0] + 3
+    )
+
+
+def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Tensor]:
+    """Everything a backend computes for these pairs."""
+    both = not pairs.symmetric
+    row, col = backend.reduce(link, pairs, both, keep)  # type: ignore[attr-defined]
+    m, n = len(pairs.x), len(pairs.y)
+    ups = torch.linspace(0.5, 1.5, m), torch.linspace(-1.0, 2.0, n)
+    lse = [t.masked_fill(t == -torch.inf, torch.inf) for t in (row, col)]
+    sides = Sides(lse[0], ups[0], lse[0], ups[0]) if pairs.symmetric else Sides(lse[0], ups[0], lse[1], ups[1])
+    dx, dy, row_sum, col_sum = backend.grad(link, pairs, sides, True, both, True)  # type: ignore[attr-defined]
+    return [row, col, dx, dy, row_sum, *([] if pairs.symmetric else [col_sum])]
+
+
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale", [9.0, -4.0, 700.0])
+def test_every_instruction_set(isa: str, link: str, masked: bool, symmetric: bool, scale: float) -> None:
+    """Several blocks with a ragged last one; a scale of 700 takes the safe path."""
+    p = pairs_of(461, 530, 37, masked=masked, symmetric=symmetric, scale=scale)
+    exact = Pairs(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in p))
+    # fp32's rounding of a logit is 6e-8 of it, and the exponential makes it a relative error
+    tolerance = 2e-6 if abs(scale) < 100 else 2e-4
+    for got, want in zip(run(link, p, native), run(link, exact, chunked), strict=True):
+        assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.rows(10)}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_loss_on_every_instruction_set(isa: str, case: LossCase, dtype: torch.dtype) -> None:
+    args, kwargs = case.inputs(19, 45, dtype=dtype)
+    check_case(case, args, kwargs)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_same_bits_for_any_number_of_threads(symmetric: bool, keep: bool, threads: None) -> None:
+    p = pairs_of(1201, 999, 24, masked=True, symmetric=symmetric)
+    torch.set_num_threads(1)
+    want = run("exp", p, native)
+    for n in (2, 5):
+        torch.set_num_threads(n)
+        for _ in range(3):
+            for got, w in zip(run("exp", p, native, keep), want, strict=True):
+                assert torch.equal(got, w)
+
+
+def test_same_bits_kept_or_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tiles kept, some of them, none; and bf16, which rounds what it keeps, within its tolerance."""
+    p = pairs_of(700, 700, 24, symmetric=True)
+    want = run("exp", p, native)
+    for budget in (0, 2**18, 2**20):
+        monkeypatch.setattr(_settings, "workspace_bytes", budget)
+        for got, w in zip(run("exp", p, native, keep=True), want, strict=True):
+            assert torch.equal(got, w)
+        assert bool(native._workspace.count) == (budget > 0)
+    half = p._replace(x=p.x.bfloat16(), y=p.x.bfloat16())
+    monkeypatch.setattr(_settings, "workspace_bytes", None)
+    for got, w in zip(run("exp", half, native, keep=True), run("exp", half, native), strict=True):
+        assert_close(got, w, 4e-3)
+
+
+@pytest.mark.parametrize("what", ["rows", "keys", "scale", "another forward"])
+def test_kept_tiles_serve_only_the_operands_they_were_made_of(what: str) -> None:
+    p = pairs_of(40, 50, 8, masked=True)
+    p = p._replace(x=p.x.clone())
+    row, _ = native.reduce("exp", p, False, True)
+    sides = Sides(row.masked_fill(row == -torch.inf, torch.inf), torch.ones_like(row))
+    if what == "rows":
+        p.x[17, 3] += 0.5
+    elif what == "keys":
+        p.drop_x[5] += 1  # type: ignore[index]
+    elif what == "scale":
+        p = p._replace(scale=p.scale * 1.01)
+    else:
+        native.reduce("exp", p._replace(x=-p.x), False, True)
+    fresh = run_grad(p, sides)
+    native._workspace.count = 0
+    for got, want in zip(fresh, run_grad(p, sides), strict=True):
+        assert torch.equal(got, want)
+
+
+def run_grad(p: Pairs, sides: Sides) -> tuple[Tensor, ...]:
+    return native.grad("exp", p, sides, True, True, True)
+
+
+def test_nothing_is_kept_without_a_gradient() -> None:
+    z = normalize(torch.randn(900, 16), dim=1)
+    native._workspace.__init__()  # type: ignore[misc]
+    with fastcl.use_backend("native"):
+        fastcl.functional.nt_xent(z, temperature=0.1)
+    assert not native._workspace.tiles.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_nothing_beside_its_inputs(isa: str, dtype: torch.dtype) -> None:
+    """NaN before, behind and between the rows: one read of them and the result is NaN."""
+    p = pairs_of(33, 70, 21, masked=True)
+
+    def guarded(t: Tensor) -> Tensor:
+        big = torch.full((t.shape[0] + 4, *(2 * s + 3 for s in t.shape[1:])), torch.nan).to(t.dtype)
+        inner = big[(slice(2, -2), *(slice(1, 2 * s, 2) for s in t.shape[1:]))]
+        return inner.copy_(t)
+
+    rows = [t.to(dtype) for t in (p.x, p.y)]
+    plain = p._replace(x=rows[0], y=rows[1])
+    strided = p._replace(
+        x=guarded(rows[0]),
+        y=guarded(rows[1]),
+        row_bias=guarded(p.row_bias),  # type: ignore[arg-type]
+        col_bias=guarded(p.col_bias),  # type: ignore[arg-type]
+    )
+    for got, want in zip(run("exp", strided, native), run("exp", plain, native), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_writes_nothing_beside_its_outputs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = []
+
+    def canaries(shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
+        n = torch.Size(shape).numel()
+        buffer = torch.full((n + 64,), 77, dtype=dtype)
+        guards.append((buffer, n))
+        return buffer[32 : n + 32].fill_(fill).view(shape)
+
+    monkeypatch.setattr(
+        native, "_new", lambda *shape, wanted=True: canaries(shape if wanted else (0,), 0, torch.float32)
+    )
+    monkeypatch.setattr(native, "_bytes", lambda n: canaries((n,), 0, torch.uint8))
+    native._workspace.__init__()  # type: ignore[misc]
+    run("exp", pairs_of(33, 70, 21, masked=True), native, keep=True)
+    run("exp", pairs_of(235, 235, 16, symmetric=True), native)
+    native.topk(pairs_of(33, 70, 21), 3)
+    native._workspace.__init__()  # type: ignore[misc]
+    assert guards
+    for buffer, n in guards:
+        assert (buffer[:32] == 77).all() and (buffer[n + 32 :] == 77).all()
+
+
+def test_safe_from_several_python_threads() -> None:
+    p = [pairs_of(300 + i, 280, 16, masked=True) for i in range(4)]
+    want = [run("exp", q, native) for q in p]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            if not all(torch.equal(a, b) for a, b in zip(run("exp", p[i], native, True), want[i], strict=True)):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_computes() -> None:
+    """In a process of its own: the parent has used its worker threads, the child needs new ones."""
+    code = """
+import os, torch
+from fastcl.backends import native, Pairs
+torch.set_num_threads(3)
+x = torch.ones(900, 8); p = Pairs(x, x, torch.tensor(1.0), symmetric=True)
+want = native.reduce("exp", p, False, False)[0]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(native.reduce("exp", p, False, False)[0], want) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_thread_at_import() -> None:
+    code = "import torch; a = len(__import__('os').listdir('/proc/self/task')); import fastcl; from fastcl.backends "
+    code += "import native; assert len(__import__('os').listdir('/proc/self/task')) == a"
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("counts threads in /proc")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_lower_instruction_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_settings, "cpu_isa", "baseline")
+    assert native.isa() == "baseline"
+    assert native.status().startswith("baseline kernels, of ")
+    monkeypatch.setattr(_settings, "cpu_isa", None)
+    assert native.isa() == SETS[0]
+
+
+def test_tiny_upstream_gradients_keep_their_digits() -> None:
+    """One row's gradient is 1e-30 of another's: below what a common factor can hold, the safe path takes over."""
+    p = pairs_of(50, 60, 8)
+    row, _ = native.reduce("exp", p, False, False)
+    g = torch.ones(50)
+    g[7] = 1e-37
+    got, *_ = native.grad("exp", p, Sides(row, g), True, False, False)
+    want, *_ = native.grad("exp", p, Sides(row, torch.ones(50)), True, False, False)
+    assert_close(got[7] * 1e37, want[7], 1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_reaches_its_results_and_no_others(bad: float) -> None:
+    p = pairs_of(50, 60, 8)
+    p.x[11, 3] = bad
+    row, _ = native.reduce("exp", p, False, False)
+    assert not row[11].isfinite()
+    others = torch.arange(50) != 11
+    want, _ = chunked.reduce("exp", p, False, False)
+    assert_close(row[others], want[others], 1e-6)
+
+
+def test_keys_beyond_32_bits() -> None:
+    p = pairs_of(40, 50, 8, masked=True)
+    far = p._replace(drop_x=p.drop_x * 2**40 - 3, drop_y=p.drop_y * 2**40 - 3)  # type: ignore[operator]
+    for got, want in zip(run("exp", far, native), run("exp", p, native), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_topk_of_ties_and_nan() -> None:
+    x = torch.tensor([[1.0], [float("nan")]])
+    y = torch.tensor([[2.0], [3.0], [3.0], [1.0]])
+    values, indices = native.topk(Pairs(x, y, torch.tensor(1.0)), 3)
+    assert indices[0].tolist() == [1, 2, 0] and values[0].tolist() == [3, 3, 2]
+    assert values[1].isnan().all()
+
+
+def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_settings, "workspace_bytes", 0)
+    z = normalize(torch.randn(8192, 16), dim=1).requires_grad_()
+    with fastcl.use_backend("native"):
+        peak = _measure.peak_bytes(
+            lambda: torch.autograd.grad(functional.nt_xent(z, temperature=0.1), z), torch.device("cpu")
+        )
+    assert peak < 16 * z.nbytes
+
+
+def test_compiled_losses_use_what_was_kept() -> None:
+    case = CASES[0]
+    args, kwargs = case.inputs(150, 16)
+    with fastcl.use_backend("native"):
+        want = loss_and_grads(functional.nt_xent, args, kwargs)[1]
+        native._workspace.count = 0
+        got = loss_and_grads(torch.compile(functional.nt_xent, fullgraph=True, backend="aot_eager"), args, kwargs)[1]
+    assert native._workspace.count
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, 1e-6)
