@@ -1,71 +1,69 @@
-"""Builds fastcl._C, the CPU kernels: one C++ source compiled once per instruction set, no torch, no BLAS.
+"""Builds fastcl._C, the CPU kernels: C++20 and nothing else, one source compiled once per instruction set.
 
-``FASTCL_NATIVE=off`` leaves it out and makes a pure Python package. Where it cannot be built, installing still succeeds
-and the reason is written to ``fastcl/_native_build.txt``, which ``fastcl.explain`` and ``fastcl info`` point to.
+``FASTCL_NATIVE=off`` leaves it out and makes a pure Python package; ``FASTCL_CXXFLAGS`` adds compiler flags. Where the
+module cannot be built, installing still succeeds, and the reason and the compiler's words are kept in
+``fastcl/_native_build.txt`` of the installation, to which ``fastcl.explain`` and ``fastcl info`` point.
 Everything else stands in pyproject.toml.
 """
 
 import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 REPORT = Path("fastcl", "_native_build.txt")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AVX512 += ["-mprefer-vector-width=512"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 TABLES = {"baseline": []}
 if X86:
-    TABLES |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16", "-DFASTCL_BF16"],
-    }
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", *(["-DFASTCL_X86"] if X86 else [])]
-# Contraction into fused multiply-adds is what makes the kernels fast; GCC turns it off for -std=c++20.
-FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *os.environ.get("FASTCL_CXXFLAGS", "").split()]
+    TABLES |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-DFASTCL_BF16"]}
+# Contraction into fused multiply-adds is what makes the kernels fast; GCC leaves it out of -std=c++20.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", *(["-DFASTCL_X86"] if X86 else []), *os.environ.get("FASTCL_CXXFLAGS", "").split()]
 
 
 class Build(build_ext):
-    """Compiles every kernel table, then the extension; a failure is reported, not raised."""
+    """Compiles the kernel tables and the rest side by side, and links them; a failure is reported, not raised."""
 
     def build_extension(self, extension):
-        target = Path(self.build_lib, REPORT)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        module, report = Path(self.get_ext_fullpath(extension.name)), Path(self.build_lib, REPORT)
+        for stale in (module, report, REPORT, *Path("fastcl").glob("_C.*")):
+            stale.unlink(missing_ok=True)
         try:
             if self.compiler.compiler_type == "msvc":
                 raise RuntimeError("the kernels need GCC or Clang, and this Python builds with MSVC")
-            extension.extra_objects = [self._table(name, flags) for name, flags in TABLES.items()]
+            jobs = [
+                (f"kernels_{name}", "kernels", [f"-DFASTCL_KERNELS={name}_kernels", f'-DFASTCL_ISA_NAME="{name}"', *own])
+                for name, own in TABLES.items()
+            ] + [(name, name, []) for name in ("engine", "pool", "bindings")]
+            with ThreadPoolExecutor(os.cpu_count()) as workers:
+                extension.extra_objects = list(workers.map(lambda job: self.object_file(extension, *job), jobs))
             super().build_extension(extension)
-            target.unlink(missing_ok=True)
-            built = True
+            self.built = True
         except Exception as error:
-            built = False
-            log = getattr(self, "log_text", "")
-            target.write_text(f"{type(error).__name__}: {error}\n\n{log}", encoding="utf-8")
-            self.warn(f"fastcl._C was not built ({error}); fastcl runs without it, in plain torch")
-        if self.inplace:  # an editable install has no build folder that lasts
-            REPORT.unlink(missing_ok=True)
-            if not built:
-                REPORT.write_text(target.read_text(encoding="utf-8"), encoding="utf-8")
+            self.built = False
+            for file in (report, REPORT) if self.editable_mode or self.inplace else (report,):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(f"{error}\n", encoding="utf-8")
+            self.warn(f"fastcl._C is not built, so fastcl runs in plain torch on a CPU: {error}")
 
-    def _table(self, name, flags):
-        output = Path(self.build_temp, f"kernels_{name}.o")
+    def object_file(self, extension, name, source, own_flags):
+        output = Path(self.build_temp, f"{name}.o")
         output.parent.mkdir(parents=True, exist_ok=True)
-        names = [f"-DFASTCL_KERNELS={name}_kernels", f'-DFASTCL_ISA_NAME="{name}"']
-        command = [*self.compiler.compiler_so, *FLAGS, *flags, *names, "-c", "csrc/kernels.cpp", "-o", str(output)]
+        includes = [f"-I{folder}" for folder in (*self.include_dirs, *extension.include_dirs)]
+        command = [*self.compiler.compiler_so, *includes, *FLAGS, *own_flags, "-c", f"csrc/{source}.cpp", "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            self.log_text = f"{' '.join(command)}\n{done.stderr}"
-            raise RuntimeError(f"the compiler failed on csrc/kernels.cpp for {name}")
+            raise RuntimeError(f"{command[0]} failed on csrc/{source}.cpp\n\n{' '.join(command)}\n{done.stderr}")
         return str(output)
 
     def copy_extensions_to_source(self):
-        if Path(self.get_ext_fullpath("fastcl._C")).exists() or Path(self.build_lib).rglob("_C*.so"):
+        if self.built:
             super().copy_extensions_to_source()
 
 
@@ -77,15 +75,14 @@ def extensions():
         return []
     import pybind11  # a build requirement
 
+    flags = [flag for flag in FLAGS if flag.startswith("-fsanitize")]
     return [
         Extension(
             "fastcl._C",
-            ["csrc/bindings.cpp", "csrc/engine.cpp", "csrc/pool.cpp"],
+            sources=[],  # compiled by Build.object_file
             include_dirs=[pybind11.get_include()],
-            extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *flags],
             language="c++",
-            depends=[str(p) for p in Path("csrc").glob("*pp")],
             optional=True,
         )
     ]
