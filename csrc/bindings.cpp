@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "engine.hpp"
 
@@ -27,6 +30,17 @@ fastcl::Rows rows(const RowsTuple& t) {
   return {at<void>(data), fastcl::Dtype(dtype), count, depth, row_stride, col_stride};
 }
 
+// Asks for large pages: the first touch of a large buffer otherwise costs more than what is written to it.
+void expect_large(Address address, i64 bytes) {
+#ifdef __linux__
+  constexpr Address page = 4096;
+  const Address begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (bytes >= 4 << 20) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 fastcl::Side side(Address lse, Address grad) { return {at<float>(lse), at<float>(grad)}; }
 
 }  // namespace
@@ -39,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
     for (const char* name : fastcl::instruction_sets()) names.push_back(name);
     return names;
   });
+  module.def("expect_large", expect_large);
   py::class_<Engine>(module, "Engine")
       .def(py::init([](const RowsTuple& x, const RowsTuple& y, bool symmetric, float scale, Address row_bias,
                        Address col_bias, Address drop_x, Address drop_y, Address only_x, Address only_y,

@@ -207,7 +207,9 @@ def _new(*shape: int, wanted: bool = True) -> Tensor:
 
 
 def _bytes(n: int) -> Tensor:
-    return torch.empty(n, dtype=torch.uint8)
+    buffer = torch.empty(n, dtype=torch.uint8)
+    _C.expect_large(buffer.data_ptr(), n)
+    return buffer
 
 
 def _at_least(buffer: Tensor, n: int) -> Tensor:
