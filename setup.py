@@ -38,7 +38,11 @@ class Build(build_ext):
             if self.compiler.compiler_type == "msvc":
                 raise RuntimeError("the kernels need GCC or Clang, and this Python builds with MSVC")
             jobs = [
-                (f"kernels_{name}", "kernels", [f"-DFASTCL_KERNELS={name}_kernels", f'-DFASTCL_ISA_NAME="{name}"', *own])
+                (
+                    f"kernels_{name}",
+                    "kernels",
+                    [f"-DFASTCL_KERNELS={name}_kernels", f'-DFASTCL_ISA_NAME="{name}"', *own],
+                )
                 for name, own in TABLES.items()
             ] + [(name, name, []) for name in ("engine", "pool", "bindings")]
             with ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -56,7 +60,16 @@ class Build(build_ext):
         output = Path(self.build_temp, f"{name}.o")
         output.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{folder}" for folder in (*self.include_dirs, *extension.include_dirs)]
-        command = [*self.compiler.compiler_so, *includes, *FLAGS, *own_flags, "-c", f"csrc/{source}.cpp", "-o", str(output)]
+        command = [
+            *self.compiler.compiler_so,
+            *includes,
+            *FLAGS,
+            *own_flags,
+            "-c",
+            f"csrc/{source}.cpp",
+            "-o",
+            str(output),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed on csrc/{source}.cpp\n\n{' '.join(command)}\n{done.stderr}")

@@ -86,6 +86,35 @@ def bench(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)} {_BENCH_NOTE}"
 
 
+def native(result: dict[str, Any]) -> str:
+    """What ``benchmarks/cpu.py`` wrote, the rows of one thread."""
+    names = {"nt_xent": "NT-Xent", "clip": "CLIP", "moco": "MoCo, queue of 65,536", "supcon": "SupCon"}
+    rows = [
+        [
+            names[row["loss"]],
+            f"{row['rows']:,} x {row['dim']}",
+            row["contender"],
+            _digits(row["median_seconds"] * 1e3),
+            _digits(row["peak_bytes"] / 1e6),
+            "" if row["contender"] == "eager" else f"{row['times_faster'].get('eager', 1):.1f} x",
+            f"{row['of_sgemm']:.0%}" if row["contender"].startswith("native") else "",
+        ]
+        for row in result["rows"]
+        if row["threads"] == 1
+    ]
+    head = ["loss", "N x D", "implementation", "ms", "peak MB", "against eager", "of the sgemm rate"]
+    machine, peers = result["machine"], {k: v for k, v in result["peers"].items() if v}
+    at = (
+        f"`{result['command']}` on {machine['device']} ({machine['instructions']}), torch {result['versions']['torch']}"
+    )
+    others = ", ".join(f"{name} {version}" for name, version in peers.items())
+    return (
+        f"{markdown(head, rows)}\n\n{at}, {others}, {result['date']}, commit {result['commit']}. Medians of "
+        "interleaved rounds; the last column is the least arithmetic the loss can do over the time, against torch's "
+        "fp32 matrix product (bf16 too)."
+    )
+
+
 def digits(result: dict[str, Any]) -> str:
     """What ``benchmarks/digits.py`` wrote: probes of raw pixels, of random and of trained encoders.
 
@@ -137,6 +166,7 @@ def _spread(value: dict[str, float]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
     "digits": ("digits.json", digits),
+    "native-cpu": ("native-cpu.json", native),
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ _SIDES = "Tensor? row_lse, Tensor? row_grad, Tensor? col_lse, Tensor? col_grad"
 _WANT = "bool want_dx, bool want_dy, bool want_sums"
 _N_PAIRS, _N_SIDES = len(Pairs._fields), len(Sides._fields)
 
-torch.library.define("fastcl::pair_reduce", f"(str link, {_PAIRS}, bool both, bool keep, str backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "fastcl::pair_reduce", f"(str link, {_PAIRS}, bool both, bool keep, str backend) -> (Tensor, Tensor)"
+)
 torch.library.define(
     "fastcl::pair_grad", f"(str link, {_PAIRS}, {_SIDES}, {_WANT}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )

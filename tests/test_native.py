@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +52,7 @@ def pairs_of(m: int, n: int, d: int, *, masked: bool = False, symmetric: bool = 
     if symmetric:
         return plain._replace(drop_x=torch.arange(m), drop_y=torch.arange(m), only_x=keys[0], only_y=keys[0])
     bias = [torch.randn(r, generator=generator) for r in (m, n)]
-    return plain._replace(
-        row_bias=bias[0], col_bias=bias[1], drop_x=keys[0], drop_y=keys[1], row_ceiling=bias[0] + 3
-    )
+    return plain._replace(row_bias=bias[0], col_bias=bias[1], drop_x=keys[0], drop_y=keys[1], row_ceiling=bias[0] + 3)
 
 
 def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Tensor]:
@@ -245,6 +244,14 @@ def test_a_lower_instruction_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert native.isa() == SETS[0]
 
 
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    code = "from fastcl.backends import native; print(native.isa())"
+    environment = {**os.environ, "FASTCL_CPU_ISA": "avx9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == SETS[0]
+    assert "FASTCL_CPU_ISA is 'avx9'; expected one of" in done.stderr
+
+
 def test_tiny_upstream_gradients_keep_their_digits() -> None:
     """One row's gradient is 1e-30 of another's: below what a common factor can hold, the safe path takes over."""
     p = pairs_of(50, 60, 8)
@@ -290,6 +297,29 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: torch.autograd.grad(functional.nt_xent(z, temperature=0.1), z), torch.device("cpu")
         )
     assert peak < 16 * z.nbytes
+
+
+def test_without_the_module_torch_runs_and_a_sentence_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = tmp_path / "_native_build.txt"
+    report.write_text("c++ failed on csrc/kernels.cpp\n\nc++ -O3 ...\n", encoding="utf-8")
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_why_missing", "No module named fastcl._C", raising=False)
+    monkeypatch.setattr(native, "_BUILD_REPORT", report)
+    z = torch.randn(6, 4)
+    said = fastcl.explain("nt_xent", z)
+    assert ": chunked" in said
+    assert (
+        f"not native: the native module was not built (c++ failed on csrc/kernels.cpp); the build log is {report}"
+        in said
+    )
+    report.unlink()
+    assert "this installation has no native module" in fastcl.explain("nt_xent", z)
+    with fastcl.use_backend("native"), pytest.raises(RuntimeError, match="no native module"):
+        functional.nt_xent(z, temperature=0.1)
+
+
+def test_doubles_run_in_plain_torch() -> None:
+    assert "not native: has no kernels for torch.float64" in fastcl.explain("nt_xent", torch.randn(6, 4).double())
 
 
 def test_compiled_losses_use_what_was_kept() -> None:

@@ -3,10 +3,10 @@
 A backend is a module with three kernels over the same :class:`Pairs` (their mathematics stands in ``fastcl._ops``) ::
 
     unsupported(op, pairs) -> str | None              # a reason in words, or None: "I can do this"
-    reduce(link, pairs, both, keep) -> (row, col)     # keep: grad will follow; what eases it may be kept
+    reduce(link, pairs, both, keep) -> (row, col)     # keep: grad will follow, and what eases it may be kept
     grad(link, pairs, sides, want_dx, want_dy, want_sums) -> (dx, dy, row_sum, col_sum)
     topk(pairs, topk) -> (values, indices)
-    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # may be absent: one pass instead of two
+    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # one pass for two; may be absent
 
 ``op`` is one of ``OPS``. To add a backend, add a file here and its name to ``PREFERENCE``.
 """

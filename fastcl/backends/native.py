@@ -9,6 +9,9 @@ and results do not depend on it, except that bf16 rows round what is kept.
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +26,13 @@ except ImportError as _error:
     _C = None
     _why_missing = str(_error)
 
+if _C is not None and _settings.cpu_isa not in (None, *_C.instruction_sets()):
+    warnings.warn(
+        f"FASTCL_CPU_ISA is {_settings.cpu_isa!r}; expected one of {', '.join(_C.instruction_sets())} on this machine. "
+        "The best of them is used.",
+        stacklevel=2,
+    )
+
 _LINKS = {"exp": 0, "softplus": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORKSPACE = 256 * 2**20
@@ -36,7 +46,9 @@ def status() -> str:
     if _BUILD_REPORT.exists():
         reason = _BUILD_REPORT.read_text(encoding="utf-8").partition("\n")[0]
         return f"the native module was not built ({reason}); the build log is {_BUILD_REPORT}"
-    return f"this installation has no native module ({_why_missing}); pip install fastcl from source with a C++20 compiler"
+    return (
+        f"this installation has no native module ({_why_missing}); pip install fastcl from source with a C++20 compiler"
+    )
 
 
 def isa() -> str:
@@ -56,99 +68,80 @@ def unsupported(op: str, pairs: Pairs) -> str | None:
 
 
 def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    call = _Call(pairs)
     row, col = _new(len(pairs.x)), _new(len(pairs.y) if both else 0)
-    with _Call(pairs) as call:
-        engine = call.engine
-        kept = _workspace if keep and _workspace.lock.acquire(blocking=False) else None
-        try:
-            tiles = _workspace.open(link, call) if kept else 0
-            packed = kept.packed if kept and tiles else _bytes(engine.packed_bytes(False))
-            engine.pack(packed.data_ptr(), bool(tiles))
-            stored = engine.reduce(
-                _LINKS[link], both, call.work(), _workspace.address(tiles), tiles, row.data_ptr(), col.data_ptr()
-            )
-            if kept:
-                kept.count = stored
-        finally:
-            if kept:
-                kept.lock.release()
+    with _workspace.borrowed(keep) as workspace:
+        room = workspace.open(link, call) if workspace else 0
+        packed = workspace.packed if workspace and room else _bytes(call.engine.packed_bytes(False))
+        call.engine.pack(packed.data_ptr(), bool(room))
+        kept = call.engine.reduce(
+            _LINKS[link], both, call.work(), _workspace.address(room), room, row.data_ptr(), col.data_ptr()
+        )
+        if workspace:
+            workspace.count = kept
     return row, col
 
 
 def grad(
     link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, n = len(pairs.x), len(pairs.y)
-    with _Call(pairs) as call:
-        engine = call.engine
-        dx, dy = (_new(rows, engine.wide, wanted=want) for rows, want in ((m, want_dx), (n, want_dy)))
-        row_sum, col_sum = (_new(rows, wanted=want_sums) for rows in (m, n))
-        held = [None if t is None else t.contiguous() for t in sides]
-        kept = _workspace.lock.acquire(blocking=False)
-        try:
-            tiles = _workspace.count if kept and _workspace.holds(link, call) else 0
-            if not tiles:
-                packed = _bytes(engine.packed_bytes(True))
-                engine.pack(packed.data_ptr(), True)
-            engine.grad(
-                _LINKS[link], *map(_address, held), call.work(), _workspace.address(tiles), tiles,
-                *map(_address, (dx, dy, row_sum, col_sum)),
-            )  # fmt: skip
-        finally:
-            if kept:
-                _workspace.lock.release()
-    depth = pairs.x.shape[1]
-    dx, dy = (d[:, :depth].contiguous() if want else d for d, want in ((dx, want_dx), (dy, want_dy)))
-    return dx, dy, row_sum, col_sum
+    call = _Call(pairs)
+    (m, d), n = pairs.x.shape, len(pairs.y)
+    dx, dy = (_new(rows, call.engine.wide, wanted=want) for rows, want in ((m, want_dx), (n, want_dy)))
+    row_sum, col_sum = (_new(rows, wanted=want_sums) for rows in (m, n))
+    side_vectors = [None if t is None else t.contiguous() for t in sides]
+    with _workspace.borrowed() as workspace:
+        kept = workspace.count if workspace and workspace.holds(link, call) else 0
+        if not kept:
+            packed = _bytes(call.engine.packed_bytes(True))
+            call.engine.pack(packed.data_ptr(), True)
+        call.engine.grad(
+            _LINKS[link], *map(_address, side_vectors), call.work(), _workspace.address(kept), kept,
+            *map(_address, (dx, dy, row_sum, col_sum)),
+        )  # fmt: skip
+    return _narrow(dx, d) if want_dx else dx, _narrow(dy, d) if want_dy else dy, row_sum, col_sum
 
 
 def reduce_grad(link: str, pairs: Pairs, want_dx: bool, want_sums: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Both in one pass over y; ``None`` where two passes are needed."""
     if link != "exp" or not want_dx:
         return None
-    with _Call(pairs) as call:
-        engine = call.engine
-        row, dx = _new(len(pairs.x)), _new(len(pairs.x), engine.wide)
-        packed = _bytes(engine.packed_bytes(True))
-        engine.pack(packed.data_ptr(), True)
-        if not engine.reduce_grad(call.work(), row.data_ptr(), dx.data_ptr()):
-            return None
+    call = _Call(pairs)
+    row, dx = _new(len(pairs.x)), _new(len(pairs.x), call.engine.wide)
+    packed = _bytes(call.engine.packed_bytes(True))
+    call.engine.pack(packed.data_ptr(), True)
+    if not call.engine.reduce_grad(call.work(), row.data_ptr(), dx.data_ptr()):
+        return None  # the constant shift does not serve here
     row_sum = (row != -torch.inf).to(row.dtype) if want_sums else _new(0)  # softmax weights sum to 1
-    return row, dx[:, : pairs.x.shape[1]].contiguous(), row_sum
+    return row, _narrow(dx, pairs.x.shape[1]), row_sum
 
 
 def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
+    call = _Call(pairs)
     values = _new(len(pairs.x), topk)
     indices = torch.empty_like(values, dtype=torch.long)
-    with _Call(pairs) as call:
-        packed = _bytes(call.engine.packed_bytes(False))
-        call.engine.pack(packed.data_ptr(), False)
-        call.engine.topk(call.work(), topk, values.data_ptr(), indices.data_ptr())
+    packed = _bytes(call.engine.packed_bytes(False))
+    call.engine.pack(packed.data_ptr(), False)
+    call.engine.topk(call.work(), topk, values.data_ptr(), indices.data_ptr())
     return values, indices
 
 
 class _Call:
-    """One engine and the tensors whose addresses it holds."""
+    """One engine, and the tensors whose addresses it holds, which must live as long."""
 
     def __init__(self, pairs: Pairs) -> None:
         x = pairs.x.detach()
-        y = x if pairs.symmetric else pairs.y.detach()
+        self.operands = (x, x if pairs.symmetric else pairs.y.detach())
         self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs[3:-1])
-        self.pairs, self.operands, self.scale = pairs, (x, y), float(pairs.scale)
+        self.symmetric, self.scale = pairs.symmetric, float(pairs.scale)
         self.engine = _C.Engine(
-            _rows(x), _rows(y), pairs.symmetric, self.scale, *map(_address, self.vectors), isa(),
+            *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), isa(),
             torch.get_num_threads(),
         )  # fmt: skip
 
     def work(self) -> int:
+        """Address of the scratch of the threads."""
         self.scratch = _bytes(self.engine.work_bytes)
         return self.scratch.data_ptr()
-
-    def __enter__(self) -> _Call:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 class _Workspace:
@@ -158,6 +151,17 @@ class _Workspace:
         self.lock = threading.Lock()
         self.count = 0
         self.packed = self.tiles = torch.empty(0, dtype=torch.uint8)
+
+    @contextmanager
+    def borrowed(self, wanted: bool = True) -> Iterator[_Workspace | None]:
+        """The workspace for one call, or ``None`` where it is not wanted or another thread has it."""
+        if not (wanted and self.lock.acquire(blocking=False)):
+            yield None
+            return
+        try:
+            yield self
+        finally:
+            self.lock.release()
 
     def open(self, link: str, call: _Call) -> int:
         """Make room for the tiles of a forward; how many there is room for."""
@@ -177,7 +181,7 @@ class _Workspace:
         return bool(
             self.count
             and self.of == self._of(link, call)
-            and all(a is b or torch.equal(a, b) for a, b in zip(self.vectors, call.vectors, strict=True))
+            and all(_equal(a, b) for a, b in zip(self.vectors, call.vectors, strict=True))
             and call.engine.reuse(self.packed.data_ptr())
         )
 
@@ -187,11 +191,14 @@ class _Workspace:
     @staticmethod
     def _of(link: str, call: _Call) -> tuple[object, ...]:
         x, y = call.operands
-        present = tuple(t is None for t in call.vectors)
-        return link, isa(), x.dtype, x.shape, y.shape, call.pairs.symmetric, call.scale, present
+        return link, isa(), x.dtype, x.shape, y.shape, call.symmetric, call.scale
 
 
 _workspace = _Workspace()
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _rows(x: Tensor) -> tuple[int, ...]:
@@ -204,6 +211,10 @@ def _address(t: Tensor | None) -> int:
 
 def _new(*shape: int, wanted: bool = True) -> Tensor:
     return torch.zeros(shape if wanted else (0,))
+
+
+def _narrow(padded: Tensor, depth: int) -> Tensor:
+    return padded[:, :depth].contiguous()
 
 
 def _bytes(n: int) -> Tensor:

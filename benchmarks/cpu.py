@@ -1,0 +1,209 @@
+"""The CPU kernels against what people use, forward and backward, interleaved in one process.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m benchmarks.cpu --json benchmarks/results/native-cpu.json
+
+Contenders: *eager*, the dense loss in plain torch (``fastcl.reference``); *cross-entropy*, the usual short form;
+*compile*, torch.compile of eager; lightly, open_clip and pytorch-metric-learning where they are installed; *native*,
+fastcl with its default workspace; *native, 0 MB* with none; *native, bf16* on bfloat16 rows.
+
+``of_sgemm`` is the rate of the least arithmetic that the loss can do (the exponentials kept), against torch's fp32
+matrix product of 1,024 rows, timed in the same rounds; bf16 counts against the fp32 rate too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import import_module
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from fastcl import _settings, functional, reference, use_backend
+from fastcl._bench import USUAL
+from fastcl._info import commit, cpu_model, versions
+from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
+from fastcl.backends import native
+
+TAU = 0.1
+Step = Callable[[], object]
+# loss, rows, dimension, products of N x M x D that the least arithmetic takes: the symmetric matrix is formed once,
+# by half, and multiplied once per side; a queue is read once; two towers take one product forward and two backward.
+SHAPES = [
+    ("nt_xent", 256, 64, 1.5),
+    ("nt_xent", 1024, 128, 1.5),
+    ("nt_xent", 4096, 128, 1.5),
+    ("nt_xent", 4096, 512, 1.5),
+    ("nt_xent", 16384, 128, 1.5),
+    ("clip", 4096, 128, 3.0),
+    ("clip", 4096, 512, 3.0),
+    ("moco", 256, 128, 2.0),
+    ("supcon", 4096, 128, 1.5),
+]
+QUEUE = 65536
+
+
+def contenders(loss: str, n: int, d: int) -> dict[str, Step]:
+    """Forward and backward of one loss by contender, all on the same rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        return normalize(torch.randn(rows, d, generator=generator), dim=1)
+
+    def step(function: Callable[..., Tensor], leaves: list[Tensor], workspace: int | None = None) -> Step:
+        def run() -> object:
+            _settings.workspace_bytes = workspace
+            with use_backend("native"):
+                return torch.autograd.grad(function(*leaves), leaves)
+
+        return run
+
+    def steps(
+        ours: Callable[..., Tensor], others: dict[str, Callable[..., Tensor]], rows: list[Tensor]
+    ) -> dict[str, Step]:
+        leaves = [r.requires_grad_() for r in rows]
+        half = [r.detach().bfloat16().requires_grad_() if r.ndim else r for r in rows]
+        others["compile"] = torch.compile(others["eager"], dynamic=False)
+        return {
+            **{name: step(f, leaves) for name, f in others.items()},
+            "native, 0 MB": step(ours, leaves, 0),
+            "native": step(ours, leaves),
+            "native, bf16": step(ours, half),
+        }
+
+    torch.compiler.reset()
+    if loss == "nt_xent":
+        others: dict[str, Callable[..., Tensor]] = {
+            "eager": lambda z: reference.nt_xent(z, temperature=TAU),
+            "cross-entropy": lambda z: USUAL["nt_xent"](z, temperature=TAU),
+        }
+        if lightly := _installed("lightly.loss"):
+            criterion = lightly.NTXentLoss(temperature=TAU)
+            others["lightly"] = lambda z: criterion(*z.chunk(2))
+        return steps(lambda z: functional.nt_xent(z, temperature=TAU), others, [unit(n)])
+    if loss == "clip":
+        scale = torch.tensor(14.3)
+        others = {"eager": lambda a, b, s: reference.clip(a, b, scale=s), "cross-entropy": _usual_clip}
+        if open_clip := _installed("open_clip"):
+            clip_loss = open_clip.ClipLoss()
+            others["open_clip"] = lambda a, b, s: clip_loss(a, b, s)
+        return steps(lambda a, b, s: functional.clip(a, b, scale=s), others, [unit(n), unit(n), scale])
+    if loss == "supcon":
+        labels = torch.randint(100, (n,), generator=generator)
+        others = {"eager": lambda z: reference.supcon(z, labels, temperature=TAU)}
+        if pml := _installed("pytorch_metric_learning.losses"):
+            supcon = pml.SupConLoss(TAU)
+            others["pytorch-metric-learning"] = lambda z: supcon(z, labels)
+        return steps(lambda z: functional.supcon(z, labels, temperature=TAU), others, [unit(n)])
+    keys, queue = unit(n), unit(QUEUE)
+    half_queue = queue.bfloat16()
+
+    def usual_moco(q: Tensor) -> Tensor:
+        logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / TAU
+        return cross_entropy(logits, torch.zeros(n, dtype=torch.long))
+
+    def ours(q: Tensor) -> Tensor:
+        held = queue if q.dtype == queue.dtype else half_queue
+        return functional.info_nce(q, keys.to(q.dtype), held, temperature=TAU)
+
+    return steps(ours, {"eager": usual_moco}, [unit(n)])
+
+
+def measure(loss: str, n: int, d: int, products: float, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """One row per contender."""
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)
+    steps = contenders(loss, n, d)
+    a = torch.randn(1024, 1024)
+    seconds = interleaved_seconds({**steps, "sgemm": lambda: torch.mm(a, a)}, rounds=rounds)
+    sgemm = 2 * 1024**3 / median(seconds.pop("sgemm"))
+    flop = 2 * n * (QUEUE if loss == "moco" else n) * d * products
+    rows = []
+    for name, step in steps.items():
+        taken = seconds[name]
+        native._workspace.__init__()  # type: ignore[misc]  # so that its memory is counted
+        rows.append(
+            {
+                "loss": loss,
+                "rows": n,
+                "dim": d,
+                "threads": threads,
+                "contender": name,
+                "seconds": taken,
+                "median_seconds": median(taken),
+                "peak_bytes": peak_bytes(step),
+                "times_faster": {
+                    other: median_ratio(seconds[other], taken) for other in seconds if not other.startswith("native")
+                },
+                "of_sgemm": flop / median(taken) / sgemm,
+            }
+        )
+    return rows
+
+
+def _usual_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    logits, target = scale * image @ text.T, torch.arange(len(image))
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def _installed(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
+
+
+def main() -> None:
+    """Measure everything and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--losses", default="nt_xent,clip,moco,supcon")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rows = []
+    for threads in map(int, args.threads.split(",")):
+        for loss, n, d, products in SHAPES:
+            if loss not in args.losses.split(","):
+                continue
+            rounds = args.rounds if n <= 4096 else 3
+            for row in measure(loss, n, d, products, threads, rounds):
+                faster = "  ".join(f"{k} {v:.2f}x" for k, v in row["times_faster"].items())
+                print(
+                    f"{loss:>8} {n:>6} x {d:<4} {threads} thread(s) {row['contender']:<24}"
+                    f"{row['median_seconds'] * 1e3:>10.2f} ms {row['peak_bytes'] / 1e6:>8.1f} MB"
+                    f" {row['of_sgemm']:>5.0%} of sgemm" + (f"  {faster}" if "native" in row["contender"] else ""),
+                    flush=True,
+                )
+                rows.append(row)
+    result = {
+        "command": f"python -m benchmarks.cpu --threads {args.threads} --rounds {args.rounds} --losses {args.losses}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": args.threads},
+        "peers": {name: _version(name) for name in ("lightly", "open_clip_torch", "pytorch-metric-learning")},
+        "rows": rows,
+    }
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
