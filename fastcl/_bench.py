@@ -17,7 +17,7 @@ from . import functional, reference
 from ._checks import choice, sentence
 from ._info import commit, cpu_model, versions
 from ._measure import interleaved_seconds, median_ratio, peak_bytes
-from .backends import available_backends, use_backend
+from .backends import available_backends, native, use_backend
 from .testing import CASES, LossCase
 
 # The contenders that store the matrix, and how many of its size live at once, rounded up.
@@ -186,6 +186,7 @@ def _measure(settings: Settings, device: torch.device, n: int) -> Iterator[dict[
     dense = [name for name in steps if name in DENSE]
 
     seconds = interleaved_seconds(steps, rounds=settings.rounds, device=device)
+    native.release_workspace()  # so that taking it is counted
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     fastest = min(dense, key=lambda name: median(seconds[name]), default=None)
     for name in steps:

@@ -142,7 +142,7 @@ def run_grad(p: Pairs, sides: Sides) -> tuple[Tensor, ...]:
 
 def test_nothing_is_kept_without_a_gradient() -> None:
     z = normalize(torch.randn(900, 16), dim=1)
-    native._workspace.__init__()  # type: ignore[misc]
+    native.release_workspace()
     with fastcl.use_backend("native"):
         fastcl.functional.nt_xent(z, temperature=0.1)
     assert not native._workspace.tiles.numel()
@@ -183,11 +183,11 @@ def test_writes_nothing_beside_its_outputs(isa: str, monkeypatch: pytest.MonkeyP
         native, "_new", lambda *shape, wanted=True: canaries(shape if wanted else (0,), 0, torch.float32)
     )
     monkeypatch.setattr(native, "_bytes", lambda n: canaries((n,), 0, torch.uint8))
-    native._workspace.__init__()  # type: ignore[misc]
+    native.release_workspace()
     run("exp", pairs_of(33, 70, 21, masked=True), native, keep=True)
     run("exp", pairs_of(235, 235, 16, symmetric=True), native)
     native.topk(pairs_of(33, 70, 21), 3)
-    native._workspace.__init__()  # type: ignore[misc]
+    native.release_workspace()
     assert guards
     for buffer, n in guards:
         assert (buffer[:32] == 77).all() and (buffer[n + 32 :] == 77).all()
@@ -287,6 +287,20 @@ def test_topk_of_ties_and_nan() -> None:
     values, indices = native.topk(Pairs(x, y, torch.tensor(1.0)), 3)
     assert indices[0].tolist() == [1, 2, 0] and values[0].tolist() == [3, 3, 2]
     assert values[1].isnan().all()
+
+
+def test_what_is_kept_is_measured_and_given_back() -> None:
+    z = normalize(torch.randn(1024, 16), dim=1).requires_grad_()
+
+    def step() -> object:
+        with fastcl.use_backend("native"):
+            return torch.autograd.grad(functional.nt_xent(z, temperature=0.1), z)
+
+    native.release_workspace()
+    first, again = _measure.peak_bytes(step), _measure.peak_bytes(step)
+    assert first > again + 1024 * 1024 * 4 / 2
+    native.release_workspace()
+    assert _measure.peak_bytes(step) > again + 1024 * 1024 * 4 / 2
 
 
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,13 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+def release_workspace() -> None:
+    """Give back what the last forward kept; the next one takes it anew."""
+    with _workspace.lock:
+        _workspace.count = 0
+        _workspace.packed = _workspace.tiles = _bytes(0)
+
+
 class _Call:
     """One engine, and the tensors whose addresses it holds, which must live as long."""
 
@@ -151,6 +158,8 @@ class _Workspace:
         self.lock = threading.Lock()
         self.count = 0
         self.packed = self.tiles = torch.empty(0, dtype=torch.uint8)
+        self.of: tuple[object, ...] = ()
+        self.vectors: list[Tensor | None] = []
 
     @contextmanager
     def borrowed(self, wanted: bool = True) -> Iterator[_Workspace | None]:

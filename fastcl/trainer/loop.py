@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import functional, reference
 from .._measure import peak_bytes
 from .._version import __version__
+from ..backends import native
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
@@ -246,6 +247,7 @@ def _loss_peak_bytes(method: SimCLR | MoCo, views: tuple[Tensor, Tensor]) -> dic
         query, key = embeddings[0].clone().requires_grad_(), embeddings[1].clone()
         if isinstance(method, SimCLR):
             key.requires_grad_()
+        native.release_workspace()  # so that taking it is counted
         return peak_bytes(lambda: method.formula(functions, query, key).backward(), query.device)
 
     return {"fastcl": peak(functional), "dense": peak(reference)}
