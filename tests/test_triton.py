@@ -41,7 +41,7 @@ def test_softplus_sums_keep_digits_over_the_whole_range() -> None:
     logits = torch.linspace(-60, 60, 121, device=DEVICE)
     q, k = logits[:, None].contiguous(), torch.ones(1, 1, device=DEVICE)
     pairs = Pairs(q, k, torch.ones((), device=DEVICE))
-    row, _ = triton.reduce("softplus", pairs, False)
+    row, _ = triton.reduce("softplus", pairs, False, False)
     want = torch.logaddexp(logits.double(), torch.zeros((), dtype=torch.float64, device=DEVICE))
     for got, exact in zip(row, want, strict=True):
         assert_close(got, exact, 1e-6)

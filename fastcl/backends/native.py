@@ -1,9 +1,9 @@
 """C++ on the CPU (``csrc/``), reached by raw addresses: fp32, bf16 and fp16 rows.
 
-A logit is turned into its exponential while it is still in registers. The forward keeps those exponentials, tile by
-tile, while they fit into a workspace (256 MiB, or ``FASTCL_WORKSPACE_MB``); a backward over exactly the same operands
-reads them back and computes only the rest again. There is one workspace in a process, it belongs to the last forward,
-and results do not depend on it, except that bf16 rows round what is kept.
+A logit is turned into its exponential while it is still in registers. The forward keeps its packed operands and
+those exponentials, tile by tile, while they fit into a workspace (256 MiB, or ``FASTCL_WORKSPACE_MB``); a backward
+over exactly the same operands reads them back and computes only the rest again. There is one workspace in a process,
+it belongs to the last forward, and results do not depend on it, except that bf16 rows round what is kept.
 """
 
 from __future__ import annotations
@@ -176,10 +176,11 @@ class _Workspace:
         """Make room for the tiles of a forward; how many there is room for."""
         budget = _WORKSPACE if _settings.workspace_bytes is None else _settings.workspace_bytes
         engine = call.engine
-        tiles: int = min(engine.tiles, budget // engine.tile_bytes)
+        packed: int = engine.packed_bytes(True)
+        tiles: int = min(engine.tiles, max(0, budget - packed) // engine.tile_bytes)
         self.count = 0
         if tiles:
-            self.packed = _at_least(self.packed, engine.packed_bytes(True))
+            self.packed = _at_least(self.packed, packed)
             self.tiles = _at_least(self.tiles, tiles * engine.tile_bytes + 64)
             self.of = self._of(link, call)
             self.vectors = [None if t is None else t.clone() for t in call.vectors]
