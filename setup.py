@@ -44,7 +44,7 @@ class Build(build_ext):
                     [f"-DFASTCL_KERNELS={name}_kernels", f'-DFASTCL_ISA_NAME="{name}"', *own],
                 )
                 for name, own in TABLES.items()
-            ] + [(name, name, []) for name in ("engine", "pool", "bindings")]
+            ] + [(name, name, []) for name in ("engine", "doubles", "normalize", "pool", "bindings")]
             with ThreadPoolExecutor(os.cpu_count()) as workers:
                 extension.extra_objects = list(workers.map(lambda job: self.object_file(extension, *job), jobs))
             super().build_extension(extension)

@@ -9,7 +9,9 @@
 #include <sys/mman.h>
 #endif
 
+#include "doubles.hpp"
 #include "engine.hpp"
+#include "normalize.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -41,11 +43,37 @@ void expect_large(Address address, i64 bytes) {
 #endif
 }
 
-fastcl::Side side(Address lse, Address grad) { return {at<float>(lse), at<float>(grad)}; }
+template <class Real>
+fastcl::SideOf<Real> side(Address lse, Address grad) {
+  return {at<Real>(lse), at<Real>(grad)};
+}
+
+// Python's constructor of an engine for pairs whose numbers are Real.
+template <class Engine, class Real>
+auto from_python() {
+  return py::init([](const RowsTuple& x, const RowsTuple& y, bool symmetric, double scale, Address row_bias,
+                     Address col_bias, Address drop_x, Address drop_y, Address only_x, Address only_y,
+                     Address row_ceiling, Address col_ceiling, const std::string& isa, int threads) {
+    const fastcl::PairsOf<Real> pairs{rows(x),
+                                      rows(y),
+                                      symmetric,
+                                      Real(scale),
+                                      at<Real>(row_bias),
+                                      at<Real>(col_bias),
+                                      at<Real>(row_ceiling),
+                                      at<Real>(col_ceiling),
+                                      at<i64>(drop_x),
+                                      at<i64>(drop_y),
+                                      at<i64>(only_x),
+                                      at<i64>(only_y)};
+    return std::make_unique<Engine>(pairs, isa.c_str(), threads);
+  });
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  using fastcl::Doubles;
   using fastcl::Engine;
   using Free = py::call_guard<py::gil_scoped_release>;
   module.def("instruction_sets", [] {
@@ -55,24 +83,7 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("expect_large", expect_large);
   py::class_<Engine>(module, "Engine")
-      .def(py::init([](const RowsTuple& x, const RowsTuple& y, bool symmetric, float scale, Address row_bias,
-                       Address col_bias, Address drop_x, Address drop_y, Address only_x, Address only_y,
-                       Address row_ceiling, Address col_ceiling, const std::string& isa, int threads) {
-             const fastcl::Pairs pairs{rows(x),
-                                       rows(y),
-                                       symmetric,
-                                       scale,
-                                       at<float>(row_bias),
-                                       at<float>(col_bias),
-                                       at<float>(row_ceiling),
-                                       at<float>(col_ceiling),
-                                       at<i64>(drop_x),
-                                       at<i64>(drop_y),
-                                       at<i64>(only_x),
-                                       at<i64>(only_y)};
-             return std::make_unique<Engine>(pairs, isa.c_str(), threads);
-           }),
-           Free())
+      .def(from_python<Engine, float>(), Free())
       .def_property_readonly("work_bytes", &Engine::work_bytes)
       .def_property_readonly("tiles", &Engine::tiles)
       .def_property_readonly("tile_bytes", &Engine::tile_bytes)
@@ -89,7 +100,7 @@ PYBIND11_MODULE(_C, module) {
       .def("grad",
            [](Engine& e, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address work,
               Address kept, i64 keep, Address dx, Address dy, Address row_sum, Address col_sum) {
-             e.grad(fastcl::Link(link), side(row_lse, row_grad), side(col_lse, col_grad), at<void>(work),
+             e.grad(fastcl::Link(link), side<float>(row_lse, row_grad), side<float>(col_lse, col_grad), at<void>(work),
                     at<void>(kept), keep, at<float>(dx), at<float>(dy), at<float>(row_sum), at<float>(col_sum));
            },
            Free())
@@ -103,4 +114,31 @@ PYBIND11_MODULE(_C, module) {
              e.topk(at<void>(work), k, at<float>(values), at<i64>(indices));
            },
            Free());
+  py::class_<Doubles>(module, "Doubles")
+      .def(from_python<Doubles, double>())
+      .def("reduce", [](Doubles& d, int link, Address row) { d.reduce(fastcl::Link(link), at<double>(row)); }, Free())
+      .def("grad",
+           [](Doubles& d, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address dx,
+              Address row_sum) {
+             d.grad(fastcl::Link(link), side<double>(row_lse, row_grad), side<double>(col_lse, col_grad),
+                    at<double>(dx), at<double>(row_sum));
+           },
+           Free())
+      .def("topk",
+           [](Doubles& d, i64 k, Address values, Address indices) {
+             d.topk(k, at<double>(values), at<i64>(indices));
+           },
+           Free());
+  module.def(
+      "normalize",
+      [](const RowsTuple& x, int threads, Address unit, Address length) {
+        fastcl::normalize(rows(x), threads, at<void>(unit), at<void>(length));
+      },
+      Free());
+  module.def(
+      "normalize_grad",
+      [](const RowsTuple& x, Address length, const RowsTuple& grad, int threads, Address dx) {
+        fastcl::normalize_grad(rows(x), at<void>(length), rows(grad), threads, at<void>(dx));
+      },
+      Free());
 }

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "pool.hpp"
+#include "topk.hpp"
 
 namespace fastcl {
 namespace {
@@ -68,7 +69,9 @@ void widen(const float* bias, i64 n, double& low, double& high) {
   high += most;
 }
 
-const Kernels& table(const char* isa, bool bf16) {
+}  // namespace
+
+const Kernels& kernels(const char* isa, bool bf16) {
 #ifdef FASTCL_X86
   if (!std::strcmp(isa, "avx512_bf16")) return bf16 ? avx512_bf16_kernels : avx512_kernels;
   if (!std::strcmp(isa, "avx512")) return avx512_kernels;
@@ -77,8 +80,6 @@ const Kernels& table(const char* isa, bool bf16) {
   (void)isa, (void)bf16;
   return baseline_kernels;
 }
-
-}  // namespace
 
 std::vector<const char*> instruction_sets() {
   std::vector<const char*> names;
@@ -117,7 +118,7 @@ struct Engine::Plan {
 
   Plan(const Pairs& p, const char* isa, int n_threads)
       : pairs(p),
-        k(table(isa, p.x.dtype == Dtype::bf16)),
+        k(kernels(isa, p.x.dtype == Dtype::bf16)),
         threads(std::max(1, n_threads)),
         m(p.x.count),
         n(p.y.count),
@@ -247,15 +248,6 @@ struct Engine::Plan {
         if (rows) done[step.i].fetch_add(1, std::memory_order_release);
         if (both) done[column_block(step.j)].fetch_add(1, std::memory_order_release);
       }
-    });
-  }
-
-  // Loops over [0, count) in pieces.
-  template <class F>
-  void each(i64 count, i64 piece, F f) const {
-    std::atomic<i64> next{0};
-    run_on_threads(int(std::min<i64>(threads, (count + piece - 1) / piece)), [&](int) {
-      for (i64 at; (at = next.fetch_add(piece)) < count;) f(at, std::min(count, at + piece));
     });
   }
 
@@ -393,7 +385,7 @@ void Engine::pack(void* buffer, bool gradient) {
   lay_out(align(buffer), p.k, p.depth, p.wide, p.pairs.symmetric, gradient, p.x, p.y);
   const auto side = [&](const Rows& from, const Packed& to) {
     std::vector<double> longest(to.rows / p.k.nr);
-    p.each(to.rows / p.k.nr, 8, [&](i64 begin, i64 end) {
+    in_pieces(p.threads, to.rows / p.k.nr, 8, [&](i64 begin, i64 end) {
       for (i64 g = begin; g < end; g++) longest[g] = p.k.pack(from, g * p.k.nr, to, gradient);
     });
     double most = 0;
@@ -410,7 +402,7 @@ bool Engine::reuse(void* buffer) {
   lay_out(align(buffer), p.k, p.depth, p.wide, p.pairs.symmetric, true, p.x, p.y);
   std::atomic<bool> equal{true};
   const auto side = [&](const Rows& from, const Packed& packed) {
-    p.each((from.count + p.k.nr - 1) / p.k.nr, 8, [&](i64 begin, i64 end) {
+    in_pieces(p.threads, (from.count + p.k.nr - 1) / p.k.nr, 8, [&](i64 begin, i64 end) {
       for (i64 g = begin; g < end && equal.load(std::memory_order_relaxed); g++)
         if (!p.k.same(from, g * p.k.nr, packed)) equal = false;
     });
@@ -541,7 +533,7 @@ void Engine::grad(Link link, Side rows, Side cols, void* work, const void* kept,
       });
   const auto scaled = [&](float* d, i64 count) {
     if (d && unit != 1)
-      p.each(count, 256, [&](i64 begin, i64 end) {
+      in_pieces(p.threads, count, 256, [&](i64 begin, i64 end) {
         for (i64 at = begin * p.wide; at < end * p.wide; at++) d[at] = float(d[at] * unit);
       });
   };
@@ -582,9 +574,7 @@ bool Engine::reduce_grad(void* work, float* row, float* dx) {
 void Engine::topk(void* work, i64 k, float* values, i64* indices) {
   Plan& p = *plan_;
   work = align(work);
-  std::fill(values, values + p.m * k, -FINF);
-  std::fill(indices, indices + p.m * k, -1);
-  const auto better = [](float a, float b) { return a > b || (a != a && b == b); };  // NaN is the largest, as in torch
+  clear_best(p.m * k, values, indices);
   std::atomic<i64> next{0};
   run_on_threads(int(std::min<i64>(p.threads, p.bm)), [&](int thread) {
     const Plan::Scratch s = p.scratch(work, thread);
@@ -593,16 +583,8 @@ void Engine::topk(void* work, i64 k, float* values, i64* indices) {
         const Tile t = p.tile({int(block), int(j), 0, 0}, 0);
         p.k.logits(t, 1, s.logits, p.ld);
         for (int r = 0; r < t.rows; r++) {
-          float* best = values + (block * p.tm + r) * k;
-          i64* at = indices + (block * p.tm + r) * k;
-          for (int c = 0; c < t.cols; c++) {
-            const float v = s.logits[r * p.ld + c];
-            if (!better(v, best[k - 1])) continue;
-            i64 place = k - 1;
-            for (; place > 0 && better(v, best[place - 1]); place--)
-              best[place] = best[place - 1], at[place] = at[place - 1];
-            best[place] = v, at[place] = j * p.tn + c;
-          }
+          const i64 at = (block * p.tm + r) * k;
+          keep_best(s.logits + r * p.ld, t.cols, j * p.tn, k, values + at, indices + at);
         }
       }
   });

@@ -10,18 +10,22 @@
 namespace fastcl {
 
 // The implicit matrix, as fastcl.backends.Pairs; vectors are contiguous, null where absent.
-struct Pairs {
+template <class Real>
+struct PairsOf {
   Rows x, y;
   bool symmetric;
-  float scale;
-  const float *row_bias, *col_bias, *row_ceiling, *col_ceiling;
+  Real scale;
+  const Real *row_bias, *col_bias, *row_ceiling, *col_ceiling;
   const i64 *drop_x, *drop_y, *only_x, *only_y;
 };
+using Pairs = PairsOf<float>;
 
 // Results and upstream gradients of one side; lse of a row without kept pairs is +inf. Null where absent.
-struct Side {
-  const float *lse, *grad;
+template <class Real>
+struct SideOf {
+  const Real *lse, *grad;
 };
+using Side = SideOf<float>;
 
 // The names of the instruction sets this machine can run, best first.
 std::vector<const char*> instruction_sets();

@@ -8,11 +8,13 @@
 
 #include <string.h>
 
+#include "elements.hpp"
+
 #ifdef FASTCL_BF16
 #include <immintrin.h>
 #endif
 
-#define FORCE static inline __attribute__((always_inline))
+#define FORCE FASTCL_INLINE
 
 namespace fastcl {
 namespace {
@@ -109,27 +111,6 @@ FORCE V softplus(V s, V& sigmoid) {
 }
 
 // ---------------------------------------------------------------- elements
-
-FORCE float from_bf16(uint16_t v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-FORCE float from_f16(uint16_t v) {
-  // Shifted into place the exponent is 112 too small; a product with 2^112 mends it, subnormal numbers included.
-  uint32_t bits = uint32_t(v & 0x7fff) << 13;
-  float f, mend = 0x1p112f;
-  memcpy(&f, &bits, 4);
-  if (bits >= 0x0f800000) {  // infinity or NaN
-    bits |= 0x7f800000;
-    memcpy(&f, &bits, 4);
-  } else {
-    f *= mend;
-  }
-  return v & 0x8000 ? -f : f;
-}
 
 FORCE float get(const Rows& from, i64 i, i64 k) {
   const i64 at = i * from.row_stride + k * from.col_stride;
@@ -560,11 +541,107 @@ void weigh_logits(const float* logits, i64 logits_ld, int rows, int cols, const 
     }
 }
 
+// ---------------------------------------------------------------- fp64
+
+constexpr int DL = VL / 2, DR = 4;  // doubles of a vector; rows, and columns, whose products are formed together
+typedef double D __attribute__((vector_size(4 * VL)));
+typedef int64_t L __attribute__((vector_size(4 * VL)));
+typedef double Du __attribute__((vector_size(4 * VL), aligned(8), may_alias));
+
+FORCE D load(const double* p) { return *reinterpret_cast<const Du*>(p); }
+FORCE void store(double* p, D v) { *reinterpret_cast<Du*>(p) = v; }
+
+// e^x, relative error 3e-16; 0 below e^-708. The power series up to x^13 suffices on half a factor of 2.
+FORCE D exp(D given) {
+  constexpr double LOG2 = 0.6931471805599453, LOG2_REST = 2.3190468138462996e-17;  // their sum is ln 2 to 106 bits
+  const D magic = 6755399441055744. - D{};                                         // 1.5 * 2^52, as in exp2
+  D x = given < -708. ? -708. - D{} : given;
+  x = x > 708. ? 708. - D{} : x;
+  const D t = x * 1.4426950408889634 + magic, n = t - magic;
+  const D f = x - n * LOG2 - n * LOG2_REST;
+  double factorial = 6227020800;
+  D p = 1 / factorial - D{};
+#pragma GCC unroll 13
+  for (int k = 13; k > 0; k--) {
+    factorial /= k;
+    p = p * f + 1 / factorial;
+  }
+  const D power = (D)((L)p + ((L)t << 52));
+  return given < -708. ? D{} : given == given ? power : given;
+}
+
+void exps(double* x, int n, double shift) {
+  for (int c = 0; c < n; c += DL) store(x + c, exp(load(x + c) - shift));
+}
+
+FORCE double dot(const double* a, const double* b, i64 depth) {
+  double total = 0;
+  for (i64 k = 0; k < depth; k++) total += a[k] * b[k];
+  return total;
+}
+
+void dots(const double* x, int rows, const double* y, int cols, i64 depth, double* out, i64 ld) {
+  const i64 even = depth / DL * DL;
+  for (int c0 = 0; c0 < cols; c0 += DR)
+    for (int r0 = 0; r0 < rows; r0 += DR) {
+      const int nr = rows - r0 < DR ? rows - r0 : DR, nc = cols - c0 < DR ? cols - c0 : DR;
+      const double *a[DR], *b[DR];  // a row or column past the end is read again and not stored
+      for (int i = 0; i < DR; i++) {
+        a[i] = x + (r0 + (i < nr ? i : 0)) * depth;
+        b[i] = y + (c0 + (i < nc ? i : 0)) * depth;
+      }
+      D sums[DR][DR] = {};
+      for (i64 k = 0; k < even; k += DL)
+#pragma GCC unroll 4
+        for (int i = 0; i < DR; i++)
+#pragma GCC unroll 4
+          for (int j = 0; j < DR; j++) sums[i][j] += load(a[i] + k) * load(b[j] + k);
+      for (int i = 0; i < nr; i++)
+        for (int j = 0; j < nc; j++) {
+          double total = dot(a[i] + even, b[j] + even, depth - even);
+          for (int lane = 0; lane < DL; lane++) total += sums[i][j][lane];
+          out[(r0 + i) * ld + c0 + j] = total;
+        }
+    }
+}
+
+// out[rows][2 vectors] += weight y, for at most DR rows.
+FORCE void add_block(const double* weight, i64 ld, int rows, const double* y, int cols, i64 depth, double* out) {
+  const double* w[DR];  // a row past the end is read again and not stored
+  for (int r = 0; r < DR; r++) w[r] = weight + (r < rows ? r : 0) * ld;
+  D sums[DR][2] = {};
+  for (int c = 0; c < cols; c++, y += depth) {
+    const D y0 = load(y), y1 = load(y + DL);
+#pragma GCC unroll 4
+    for (int r = 0; r < DR; r++) {
+      sums[r][0] += w[r][c] * y0;
+      sums[r][1] += w[r][c] * y1;
+    }
+  }
+  for (int r = 0; r < rows; r++, out += depth) {
+    store(out, load(out) + sums[r][0]);
+    store(out + DL, load(out + DL) + sums[r][1]);
+  }
+}
+
+void add_rows(const double* weight, i64 ld, int rows, const double* y, int cols, i64 depth, double* out) {
+  const i64 even = depth / (2 * DL) * (2 * DL);
+  for (i64 k = 0; k < even; k += 2 * DL)
+    for (int r = 0; r < rows; r += DR)
+      add_block(weight + r * ld, ld, rows - r < DR ? rows - r : DR, y + k, cols, depth, out + r * depth + k);
+  for (int r = 0; r < rows; r++)
+    for (i64 k = even; k < depth; k++) {
+      double total = 0;
+      for (int c = 0; c < cols; c++) total += weight[r * ld + c] * y[c * depth + k];
+      out[r * depth + k] += total;
+    }
+}
+
 }  // namespace
 
 extern const Kernels FASTCL_KERNELS = {
     FASTCL_ISA_NAME, MR, NR, sizeof(E), VL, pack, same, reduce, weigh, weigh_stored, accumulate, logits, fold,
-    weigh_logits,
+    weigh_logits, dots, add_rows, exps,
 };
 
 }  // namespace fastcl

@@ -76,7 +76,16 @@ struct Kernels {
   void (*weigh_logits)(const float* logits, i64 logits_ld, int rows, int cols, const float* r, const float* g,
                        const float* c, const float* h, void* weight, void* weight_t, i64 ld, float* row_part,
                        float* col_part);
+
+  // fp64, contiguous rows. out[rows][ld] = <x_r, y_c>; out[rows][depth] += weight[rows][ld] y; x = e^(x - shift), for n
+  // numbers and up to a vector more.
+  void (*dots)(const double* x, int rows, const double* y, int cols, i64 depth, double* out, i64 ld);
+  void (*add_rows)(const double* weight, i64 ld, int rows, const double* y, int cols, i64 depth, double* out);
+  void (*exps)(double* x, int n, double shift);
 };
+
+// isa: a name among instruction_sets(); bf16: whether rows of it are to be multiplied.
+const Kernels& kernels(const char* isa, bool bf16);
 
 extern const Kernels baseline_kernels;
 #ifdef FASTCL_X86

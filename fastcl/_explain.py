@@ -42,7 +42,7 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "fastcl":
+            if func.namespace == "fastcl" and "pair_" in func._schema.name:
                 name = func._schema.name.removeprefix("fastcl::")
                 start = 0 if name == "pair_topk" else 1  # after `link`
                 pairs = Pairs(*args[start : start + len(Pairs._fields)])
@@ -82,6 +82,6 @@ def _describe(name: str, pairs: Pairs) -> str:
     op = "grad" if name == "pair_reduce_grad" else name.removeprefix("pair_")
     (m, d), n = pairs.x.shape, pairs.y.shape[0]
     dtype = str(pairs.x.dtype).removeprefix("torch.")
-    chosen, error, others = choose(op, pairs)
+    chosen, error, others = choose(op, pairs.x)
     head = f"{name} ({m} x {n} x {d}, {dtype} on {pairs.x.device}): {chosen or f'none ({error})'}"
     return "\n".join([head, *(f"  not {other}: {reason}" for other, reason in others.items())])

@@ -13,7 +13,7 @@ import torch
 
 from . import _settings
 from ._version import __version__
-from .backends import OPS, Pairs, choose, native
+from .backends import OPS, choose, native
 
 _OTHER_SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")  # that change what fastcl does
 
@@ -132,8 +132,7 @@ def _cuda_count() -> int:
 
 def _backends(device: torch.device) -> dict[str, Any]:
     rows = torch.ones(2, 8, device=device)
-    pairs = Pairs(rows, rows, torch.ones((), device=device), symmetric=True)
-    return {op: choose(op, pairs)._asdict() for op in OPS}
+    return {op: choose(op, rows)._asdict() for op in OPS}
 
 
 def _caches() -> dict[str, str]:

@@ -16,6 +16,9 @@
     pair_reduce_grad -> row (M,), and dx, row_sum of pair_grad for row_grad = 1: where y is frozen, the gradient of
                     row i is row_grad_i times what the forward knows. One operator, not two, because torch.compile
                     moves an operator that only the backward needs there, past the writes of a queue into its y.
+    l2_normalize -> unit_i = x_i / length_i (M, D) in the dtype of x, length (M,); where a row is shorter than a normal
+                    number its length is +inf
+    l2_normalize_grad -> dx_i = (grad_i - unit_i <unit_i, grad_i>) / length_i (M, D) in the dtype of x
     pair_topk    -> the largest s_ij of every row, descending (M, K), and their j (M, K);
                     -inf and -1 where fewer pairs are kept
 
@@ -32,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Pairs, Sides, select
+from .backends import Pairs, Sides, chunked, select
 
 _PAIRS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? drop_x, Tensor? drop_y, "
@@ -53,12 +56,14 @@ torch.library.define(
     f"(str link, {_PAIRS}, bool want_dx, bool want_sums, str backend) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("fastcl::pair_topk", f"({_PAIRS}, int topk, str backend) -> (Tensor, Tensor)")
+torch.library.define("fastcl::l2_normalize", "(Tensor x, str backend) -> (Tensor, Tensor)")
+torch.library.define("fastcl::l2_normalize_grad", "(Tensor x, Tensor length, Tensor grad, str backend) -> Tensor")
 
 
 @torch.library.impl("fastcl::pair_reduce", "CompositeExplicitAutograd")
 def _reduce(link: str, *args: Any) -> tuple[Tensor, Tensor]:
     pairs, (both, keep, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    return select("reduce", pairs, backend).reduce(link, pairs, both, keep)
+    return select("reduce", pairs.x, backend).reduce(link, pairs, both, keep)
 
 
 @torch.library.impl("fastcl::pair_grad", "CompositeExplicitAutograd")
@@ -66,13 +71,13 @@ def _grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs, (row_lse, row_grad, col_lse, col_grad) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS : _N_PAIRS + _N_SIDES]
     sides = Sides(_empty_to_inf(row_lse), row_grad, _empty_to_inf(col_lse), col_grad)
     *want, backend = args[_N_PAIRS + _N_SIDES :]
-    return select("grad", pairs, backend).grad(link, pairs, sides, *want)
+    return select("grad", pairs.x, backend).grad(link, pairs, sides, *want)
 
 
 @torch.library.impl("fastcl::pair_reduce_grad", "CompositeExplicitAutograd")
 def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     pairs, (want_dx, want_sums, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    kernels = select("grad", pairs, backend)
+    kernels = select("grad", pairs.x, backend)
     if hasattr(kernels, "reduce_grad") and (done := kernels.reduce_grad(link, pairs, want_dx, want_sums)) is not None:
         return done
     row, _ = kernels.reduce(link, pairs, False, True)
@@ -84,7 +89,17 @@ def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl("fastcl::pair_topk", "CompositeExplicitAutograd")
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     pairs, (topk, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    return select("topk", pairs, backend).topk(pairs, topk)
+    return select("topk", pairs.x, backend).topk(pairs, topk)
+
+
+@torch.library.impl("fastcl::l2_normalize", "CompositeExplicitAutograd")
+def _l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return getattr(select("reduce", x, backend), "normalize", chunked.normalize)(x)
+
+
+@torch.library.impl("fastcl::l2_normalize_grad", "CompositeExplicitAutograd")
+def _l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
+    return getattr(select("grad", x, backend), "normalize_grad", chunked.normalize_grad)(x, length, grad)
 
 
 def _empty_to_inf(lse: Tensor | None) -> Tensor | None:
@@ -124,6 +139,29 @@ def _fake_reduce_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tens
 def _fake_topk(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     topk = args[-2]
     return _new(x, x.shape[0], topk), x.new_empty((x.shape[0], topk), dtype=torch.long)
+
+
+@torch.library.register_fake("fastcl::l2_normalize")
+def _fake_l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _new(x, x.shape[0])
+
+
+@torch.library.register_fake("fastcl::l2_normalize_grad")
+def _fake_l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """One operator on a CPU, where launching a dozen takes longer than they do; elsewhere torch.compile fuses them."""
+    if x.device.type == "cpu":
+        return torch.ops.fastcl.l2_normalize(x, backend)
+    return chunked.normalize(x)
+
+
+def l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
+    if x.device.type == "cpu":
+        return torch.ops.fastcl.l2_normalize_grad(x, length, grad, backend)
+    return chunked.normalize_grad(x, length, grad)
 
 
 pair_reduce = torch.ops.fastcl.pair_reduce.default

@@ -135,7 +135,7 @@ def l2_normalize(x: Tensor) -> Tensor:
         row, gives a zero row and a zero gradient.
     """
     _checks.rows(x=x)
-    return _apply(_Normalize, x)
+    return _apply(_Normalize, x, forced())
 
 
 @torch.no_grad()
@@ -335,25 +335,17 @@ class _RowDot(torch.autograd.Function):
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
-        compute = _compute_dtype(x.dtype)
-        x = x.to(compute)
-        # Dividing by the largest entry first keeps squares in range: fp32 squares of 1e-30 would all be 0.
-        largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
-        zero = largest < torch.finfo(compute).tiny
-        x = x / largest.masked_fill(zero, 1)
-        length = x.norm(dim=1, keepdim=True)
-        unit = torch.where(zero, 0, x / length.masked_fill(zero, 1))
-        ctx.save_for_backward(unit, torch.where(zero, torch.inf, length * largest))
-        return unit.to(ctx.dtype)
+    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+        unit, length = _ops.l2_normalize(x, backend)
+        ctx.backend = backend
+        ctx.save_for_backward(x, length)
+        return unit
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        unit, length = ctx.saved_tensors
-        grad = grad.to(unit.dtype)
-        return ((grad - unit * (unit * grad).sum(1, keepdim=True)) / length).to(ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, length = ctx.saved_tensors
+        return _ops.l2_normalize_grad(x, length, grad, ctx.backend), None
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:

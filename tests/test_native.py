@@ -40,6 +40,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def doubles(pairs: Pairs) -> Pairs:
+    return Pairs(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in pairs))
+
+
 def pairs_of(m: int, n: int, d: int, *, masked: bool = False, symmetric: bool = False, scale: float = 9.0) -> Pairs:
     generator = torch.Generator().manual_seed(m + n + d)
     x, y = (normalize(torch.randn(r, d, generator=generator), dim=1) for r in (m, n))
@@ -60,7 +64,7 @@ def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Te
     both = not pairs.symmetric
     row, col = backend.reduce(link, pairs, both, keep)  # type: ignore[attr-defined]
     m, n = len(pairs.x), len(pairs.y)
-    ups = torch.linspace(0.5, 1.5, m), torch.linspace(-1.0, 2.0, n)
+    ups = torch.linspace(0.5, 1.5, m, dtype=row.dtype), torch.linspace(-1.0, 2.0, n, dtype=row.dtype)
     lse = [t.masked_fill(t == -torch.inf, torch.inf) for t in (row, col)]
     sides = Sides(lse[0], ups[0], lse[0], ups[0]) if pairs.symmetric else Sides(lse[0], ups[0], lse[1], ups[1])
     dx, dy, row_sum, col_sum = backend.grad(link, pairs, sides, True, both, True)  # type: ignore[attr-defined]
@@ -74,24 +78,39 @@ def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Te
 def test_every_instruction_set(isa: str, link: str, masked: bool, symmetric: bool, scale: float) -> None:
     """Several blocks with a ragged last one; a scale of 700 takes the safe path."""
     p = pairs_of(461, 530, 37, masked=masked, symmetric=symmetric, scale=scale)
-    exact = Pairs(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in p))
+    exact = doubles(p)
     # fp32's rounding of a logit is 6e-8 of it, and the exponential makes it a relative error
     tolerance = 2e-6 if abs(scale) < 100 else 2e-4
     for got, want in zip(run(link, p, native), run(link, exact, chunked), strict=True):
         assert_close(got, want, tolerance)
 
 
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale", [9.0, -700.0])
+def test_doubles_on_every_instruction_set(isa: str, link: str, masked: bool, symmetric: bool, scale: float) -> None:
+    """Ragged in rows, columns and depth; 2e-16 of a logit of 700 is an error of 2e-13 of its exponential."""
+    p = doubles(pairs_of(61, 261, 37, masked=masked, symmetric=symmetric, scale=scale))
+    for got, want in zip(run(link, p, native), run(link, p, chunked), strict=True):
+        assert got.dtype == torch.float64
+        assert_close(got, want, 1e-14 if abs(scale) < 100 else 1e-12)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.rows(10)}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_loss_on_every_instruction_set(isa: str, case: LossCase, dtype: torch.dtype) -> None:
     args, kwargs = case.inputs(19, 45, dtype=dtype)
     check_case(case, args, kwargs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_same_bits_for_any_number_of_threads(symmetric: bool, keep: bool, threads: None) -> None:
+def test_same_bits_for_any_number_of_threads(symmetric: bool, keep: bool, dtype: torch.dtype, threads: None) -> None:
     p = pairs_of(1201, 999, 24, masked=True, symmetric=symmetric)
+    if dtype == torch.float64:
+        p = doubles(p)
     torch.set_num_threads(1)
     want = run("exp", p, native)
     for n in (2, 5):
@@ -148,10 +167,12 @@ def test_nothing_is_kept_without_a_gradient() -> None:
     assert not native._workspace.tiles.numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_reads_nothing_beside_its_inputs(isa: str, dtype: torch.dtype) -> None:
     """NaN before, behind and between the rows: one read of them and the result is NaN."""
     p = pairs_of(33, 70, 21, masked=True)
+    if dtype == torch.float64:
+        p = doubles(p)
 
     def guarded(t: Tensor) -> Tensor:
         big = torch.full((t.shape[0] + 4, *(2 * s + 3 for s in t.shape[1:])), torch.nan).to(t.dtype)
@@ -168,6 +189,10 @@ def test_reads_nothing_beside_its_inputs(isa: str, dtype: torch.dtype) -> None:
     )
     for got, want in zip(run("exp", strided, native), run("exp", plain, native), strict=True):
         assert torch.equal(got, want)
+    unit, length = native.normalize(strided.x)
+    assert torch.equal(unit, native.normalize(plain.x)[0])
+    got, want = (native.normalize_grad(t.x, length, t.y[:33]) for t in (strided, plain))
+    assert torch.equal(got, want)
 
 
 def test_writes_nothing_beside_its_outputs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +204,20 @@ def test_writes_nothing_beside_its_outputs(isa: str, monkeypatch: pytest.MonkeyP
         guards.append((buffer, n))
         return buffer[32 : n + 32].fill_(fill).view(shape)
 
-    monkeypatch.setattr(
-        native, "_new", lambda *shape, wanted=True: canaries(shape if wanted else (0,), 0, torch.float32)
-    )
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return canaries(shape if wanted else (0,), 0, dtype)
+
+    monkeypatch.setattr(native, "_new", new)
     monkeypatch.setattr(native, "_bytes", lambda n: canaries((n,), 0, torch.uint8))
     native.release_workspace()
     run("exp", pairs_of(33, 70, 21, masked=True), native, keep=True)
     run("exp", pairs_of(235, 235, 16, symmetric=True), native)
     native.topk(pairs_of(33, 70, 21), 3)
+    run("exp", doubles(pairs_of(33, 70, 21, masked=True)), native)
+    native.topk(doubles(pairs_of(33, 70, 21)), 3)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x = torch.randn(33, 21).to(dtype)
+        native.normalize_grad(x, native.normalize(x)[1], x)
     native.release_workspace()
     assert guards
     for buffer, n in guards:
@@ -263,10 +294,13 @@ def test_tiny_upstream_gradients_keep_their_digits() -> None:
     assert_close(got[7] * 1e37, want[7], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_row_reaches_its_results_and_no_others(bad: float) -> None:
+def test_a_bad_row_reaches_its_results_and_no_others(bad: float, dtype: torch.dtype) -> None:
     p = pairs_of(50, 60, 8)
     p.x[11, 3] = bad
+    if dtype == torch.float64:
+        p = doubles(p)
     row, _ = native.reduce("exp", p, False, False)
     assert not row[11].isfinite()
     others = torch.arange(50) != 11
@@ -281,10 +315,11 @@ def test_keys_beyond_32_bits() -> None:
         assert torch.equal(got, want)
 
 
-def test_topk_of_ties_and_nan() -> None:
-    x = torch.tensor([[1.0], [float("nan")]])
-    y = torch.tensor([[2.0], [3.0], [3.0], [1.0]])
-    values, indices = native.topk(Pairs(x, y, torch.tensor(1.0)), 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_of_ties_and_nan(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1.0], [float("nan")]], dtype=dtype)
+    y = torch.tensor([[2.0], [3.0], [3.0], [1.0]], dtype=dtype)
+    values, indices = native.topk(Pairs(x, y, torch.tensor(1.0, dtype=dtype)), 3)
     assert indices[0].tolist() == [1, 2, 0] and values[0].tolist() == [3, 3, 2]
     assert values[1].isnan().all()
 
@@ -332,8 +367,20 @@ def test_without_the_module_torch_runs_and_a_sentence_says_why(monkeypatch: pyte
         functional.nt_xent(z, temperature=0.1)
 
 
-def test_doubles_run_in_plain_torch() -> None:
-    assert "not native: has no kernels for torch.float64" in fastcl.explain("nt_xent", torch.randn(6, 4).double())
+def test_halves_are_rounded_as_torch_rounds_them() -> None:
+    """To the nearest, also among subnormal numbers and beyond the largest: gradients of short rows overflow."""
+    x = torch.randn(400, 24) * torch.logspace(0, -7, 24)
+    for dtype in (torch.float16, torch.bfloat16):
+        rows = x.to(dtype)
+        wide = rows.double()
+        want = (wide / wide.norm(dim=1, keepdim=True)).float().to(dtype)
+        got, length = native.normalize(rows)
+        assert torch.equal(got, want)
+        short = rows * 2.0**-16
+        length = length * 2.0**-16
+        grads = [b.normalize_grad(short, length, rows.flip(0)) for b in (native, chunked)]
+        assert grads[0].isinf().any() == (dtype == torch.float16)
+        assert_close(*grads, 1e-3)
 
 
 def test_compiled_losses_use_what_was_kept() -> None:

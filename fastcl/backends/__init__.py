@@ -2,11 +2,16 @@
 
 A backend is a module with three kernels over the same :class:`Pairs` (their mathematics stands in ``fastcl._ops``) ::
 
-    unsupported(op, pairs) -> str | None              # a reason in words, or None: "I can do this"
+    unsupported(op, x) -> str | None                  # a reason in words, or None: "I can do this for rows like x"
     reduce(link, pairs, both, keep) -> (row, col)     # keep: grad will follow, and what eases it may be kept
     grad(link, pairs, sides, want_dx, want_dy, want_sums) -> (dx, dy, row_sum, col_sum)
     topk(pairs, topk) -> (values, indices)
-    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # one pass for two; may be absent
+
+and may have more, each of which ``chunked`` or the kernels above replace where it is absent (or returns ``None``) ::
+
+    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # one pass for two
+    normalize(x) -> (unit, length)
+    normalize_grad(x, length, grad) -> dx
 
 ``op`` is one of ``OPS``. To add a backend, add a file here and its name to ``PREFERENCE``.
 """
@@ -106,24 +111,24 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def select(op: str, pairs: Pairs, name: str = "auto") -> ModuleType:
-    """The named backend, or the first in ``PREFERENCE`` that can do ``op`` on these pairs."""
+def select(op: str, x: Tensor, name: str = "auto") -> ModuleType:
+    """The named backend, or the first in ``PREFERENCE`` that can do ``op`` on rows like these."""
     _check_name(name)
-    for candidate in _order(pairs.x) if name == "auto" else (name,):
-        reason = why_not(candidate, op, pairs)
+    for candidate in _order(x) if name == "auto" else (name,):
+        reason = why_not(candidate, op, x)
         backend = _load(candidate)
         if reason is None and isinstance(backend, ModuleType):
             return backend
     raise RuntimeError(
-        f"fastcl backend {name!r} cannot run pair_{op} on {tuple(pairs.x.shape)} {pairs.x.dtype} on {pairs.x.device}: "
-        f"{reason}. Use fastcl.use_backend('auto') to let fastcl choose."
+        f"fastcl backend {name!r} cannot run pair_{op} on {tuple(x.shape)} {x.dtype} on {x.device}: {reason}. "
+        "Use fastcl.use_backend('auto') to let fastcl choose."
     )
 
 
-def why_not(name: str, op: str, pairs: Pairs) -> str | None:
-    """The reason why a backend cannot do ``op`` on these pairs, or ``None``."""
+def why_not(name: str, op: str, x: Tensor) -> str | None:
+    """The reason why a backend cannot do ``op`` on rows like these, or ``None``."""
     backend = _load(name)
-    return backend if isinstance(backend, str) else backend.unsupported(op, pairs)
+    return backend if isinstance(backend, str) else backend.unsupported(op, x)
 
 
 class Choice(NamedTuple):
@@ -134,26 +139,25 @@ class Choice(NamedTuple):
     others: dict[str, str]
 
 
-def choose(op: str, pairs: Pairs) -> Choice:
-    """Which backend would run ``op`` on these pairs now, and why the others would not."""
+def choose(op: str, x: Tensor) -> Choice:
+    """Which backend would run ``op`` on rows like these now, and why the others would not."""
     chosen = error = None
     try:
-        chosen = select(op, pairs, _forced).__name__.rpartition(".")[2]
+        chosen = select(op, x, _forced).__name__.rpartition(".")[2]
     except (RuntimeError, ValueError) as refusal:  # what is forced cannot, or does not exist
         error = str(refusal)
     passed_over = f"{chosen} comes first" if _forced == "auto" else f"{_forced} is forced"
-    return Choice(chosen, error, {n: why_not(n, op, pairs) or passed_over for n in NAMES if n != chosen})
+    return Choice(chosen, error, {n: why_not(n, op, x) or passed_over for n in NAMES if n != chosen})
 
 
-def available_backends(*tensors: Tensor) -> list[str]:
-    """Backends that can compute a loss and its gradient on tensors like these, best first.
+def available_backends(x: Tensor | None = None) -> list[str]:
+    """Backends that can compute a loss and its gradient on rows like these, best first.
 
     Args:
-        tensors: one or two sets of rows ``(M, D)``, ``(N, D)``; none means an fp32 CPU batch.
+        x: ``(M, D)``; fp32 on the CPU when omitted.
     """
-    x = tensors[0] if tensors else torch.empty(2, 8)
-    pairs = Pairs(x, tensors[1] if len(tensors) > 1 else x, torch.ones((), device=x.device))
-    return [n for n in _order(x) if all(why_not(n, op, pairs) is None for op in ("reduce", "grad"))]
+    rows = torch.empty(2, 8) if x is None else x
+    return [n for n in _order(rows) if all(why_not(n, op, rows) is None for op in ("reduce", "grad"))]
 
 
 def tf32_is_allowed() -> bool:

@@ -21,7 +21,7 @@ _OTHER_TILE_SIDE = 4096  # where a launch costs more than a cache miss
 _TILES_ALIVE = 4  # logits, weights, a temporary, a mask
 
 
-def unsupported(op: str, pairs: Pairs) -> str | None:
+def unsupported(op: str, x: Tensor) -> str | None:
     return None
 
 
@@ -76,6 +76,23 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
         best, order = best.sort(dim=1, descending=True, stable=True)
         values[rows], indices[rows] = best[:, :topk], at.gather(1, order[:, :topk])
     return values, indices.masked_fill_(values == -torch.inf, -1)
+
+
+def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    wide = x.to(dtype)
+    # Dividing by the largest entry first keeps squares in range: fp32 squares of 1e-30 would all be 0.
+    largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
+    short = largest < torch.finfo(dtype).tiny
+    near_one = wide / largest.masked_fill(short, 1)
+    length = near_one.norm(dim=1, keepdim=True).masked_fill(short, torch.inf)
+    return (near_one / length).to(x.dtype), (length * largest).masked_fill(short, torch.inf).squeeze(1)
+
+
+def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
+    length = length[:, None]
+    unit, grad = x.to(length.dtype) / length, grad.to(length.dtype)
+    return ((grad - unit * (unit * grad).sum(1, keepdim=True)) / length).to(x.dtype)
 
 
 def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, Tensor]]:

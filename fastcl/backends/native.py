@@ -1,9 +1,10 @@
-"""C++ on the CPU (``csrc/``), reached by raw addresses: fp32, bf16 and fp16 rows.
+"""C++ on the CPU (``csrc/``), reached by raw addresses: fp32, bf16, fp16 and fp64 rows.
 
 A logit is turned into its exponential while it is still in registers. The forward keeps its packed operands and
 those exponentials, tile by tile, while they fit into a workspace (256 MiB, or ``FASTCL_WORKSPACE_MB``); a backward
 over exactly the same operands reads them back and computes only the rest again. There is one workspace in a process,
-it belongs to the last forward, and results do not depend on it, except that bf16 rows round what is kept.
+it belongs to the last forward, and results do not depend on it, except that bf16 rows round what is kept. fp64 rows
+are served by plain loops, which keep nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if _C is not None and _settings.cpu_isa not in (None, *_C.instruction_sets()):
     )
 
 _LINKS = {"exp": 0, "softplus": 1}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _WORKSPACE = 256 * 2**20
 _BUILD_REPORT = Path(__file__).parent.parent / "_native_build.txt"
 
@@ -57,17 +58,20 @@ def isa() -> str:
     return _settings.cpu_isa if _settings.cpu_isa in sets else sets[0]
 
 
-def unsupported(op: str, pairs: Pairs) -> str | None:
-    if pairs.x.device.type != "cpu":
-        return f"needs CPU tensors, got {pairs.x.device.type}"
+def unsupported(op: str, x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device.type}"
     if _C is None:
         return status()
-    if pairs.x.dtype not in _DTYPES:
-        return f"has no kernels for {pairs.x.dtype}"
+    if x.dtype not in _DTYPES:
+        return f"has no kernels for {x.dtype}"
     return None
 
 
 def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    if pairs.x.dtype == torch.float64:
+        row = _double_reduce(link, pairs)
+        return row, _double_reduce(link, pairs.swapped()) if both else row.new_empty(0)
     call = _Call(pairs)
     row, col = _new(len(pairs.x)), _new(len(pairs.y) if both else 0)
     with _workspace.borrowed(keep) as workspace:
@@ -85,6 +89,12 @@ def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Ten
 def grad(
     link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if pairs.x.dtype == torch.float64:
+        dx, row_sum = _double_grad(link, pairs, sides, want_dx, want_sums)
+        if pairs.symmetric:
+            return dx, dx.new_empty(0), row_sum, row_sum.clone()
+        dy, col_sum = _double_grad(link, pairs.swapped(), sides.swapped(), want_dy, want_sums)
+        return dx, dy, row_sum, col_sum
     call = _Call(pairs)
     (m, d), n = pairs.x.shape, len(pairs.y)
     dx, dy = (_new(rows, call.engine.wide, wanted=want) for rows, want in ((m, want_dx), (n, want_dy)))
@@ -103,7 +113,7 @@ def grad(
 
 
 def reduce_grad(link: str, pairs: Pairs, want_dx: bool, want_sums: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    if link != "exp" or not want_dx:
+    if link != "exp" or not want_dx or pairs.x.dtype == torch.float64:
         return None
     call = _Call(pairs)
     row, dx = _new(len(pairs.x)), _new(len(pairs.x), call.engine.wide)
@@ -117,12 +127,28 @@ def reduce_grad(link: str, pairs: Pairs, want_dx: bool, want_sums: bool) -> tupl
 
 def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
     call = _Call(pairs)
-    values = _new(len(pairs.x), topk)
+    values = _new(len(pairs.x), topk, dtype=call.dtype)
     indices = torch.empty_like(values, dtype=torch.long)
+    if call.dtype == torch.float64:
+        call.engine.topk(topk, values.data_ptr(), indices.data_ptr())
+        return values, indices
     packed = _bytes(call.engine.packed_bytes(False))
     call.engine.pack(packed.data_ptr(), False)
     call.engine.topk(call.work(), topk, values.data_ptr(), indices.data_ptr())
     return values, indices
+
+
+def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    unit, length = _new(*x.shape, dtype=x.dtype), _new(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    _C.normalize(_rows(x.detach()), torch.get_num_threads(), unit.data_ptr(), length.data_ptr())
+    return unit, length
+
+
+def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
+    dx = _new(*x.shape, dtype=x.dtype)
+    rows = _rows(x.detach()), length.data_ptr(), _rows(grad.detach())
+    _C.normalize_grad(*rows, torch.get_num_threads(), dx.data_ptr())
+    return dx
 
 
 def release_workspace() -> None:
@@ -136,11 +162,14 @@ class _Call:
     """One engine, and the tensors whose addresses it holds, which must live as long."""
 
     def __init__(self, pairs: Pairs) -> None:
-        x = pairs.x.detach()
-        self.operands = (x, x if pairs.symmetric else pairs.y.detach())
+        x, y = pairs.x.detach(), pairs.y.detach()
+        engine, self.dtype = _C.Engine, torch.float32
+        if x.dtype == torch.float64:
+            x, y, engine, self.dtype = x.contiguous(), y.contiguous(), _C.Doubles, torch.float64
+        self.operands = (x, x if pairs.symmetric else y)
         self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs[3:-1])
         self.symmetric, self.scale = pairs.symmetric, float(pairs.scale)
-        self.engine = _C.Engine(
+        self.engine = engine(
             *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), isa(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -219,8 +248,25 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None or t.numel() == 0 else t.data_ptr()
 
 
-def _new(*shape: int, wanted: bool = True) -> Tensor:
-    return torch.zeros(shape if wanted else (0,))
+def _double_reduce(link: str, pairs: Pairs) -> Tensor:
+    call = _Call(pairs)
+    row = _new(len(pairs.x), dtype=call.dtype)
+    call.engine.reduce(_LINKS[link], row.data_ptr())
+    return row
+
+
+def _double_grad(link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_sum: bool) -> tuple[Tensor, Tensor]:
+    call = _Call(pairs)
+    side_vectors = [None if t is None else t.contiguous() for t in sides]
+    dx = _new(*pairs.x.shape, wanted=want_dx, dtype=call.dtype)
+    row_sum = _new(len(pairs.x), wanted=want_sum, dtype=call.dtype)
+    if want_dx or want_sum:
+        call.engine.grad(_LINKS[link], *map(_address, (*side_vectors, dx, row_sum)))
+    return dx, row_sum
+
+
+def _new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape if wanted else (0,), dtype=dtype)
 
 
 def _narrow(padded: Tensor, depth: int) -> Tensor:

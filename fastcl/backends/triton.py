@@ -25,8 +25,7 @@ _GPU_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # products
 _INTERPRETER_BLOCKS = (16, 32, 32)
 
 
-def unsupported(op: str, pairs: Pairs) -> str | None:
-    x = pairs.x
+def unsupported(op: str, x: Tensor) -> str | None:
     if op == "topk":
         return "has no kernel for mining, where one matrix product and torch.topk do well"
     if not (x.is_cuda or INTERPRETED):
