@@ -156,6 +156,7 @@ def release_workspace() -> None:
     with _workspace.lock:
         _workspace.count = 0
         _workspace.packed = _workspace.tiles = _bytes(0)
+        _workspace.vectors = []
 
 
 class _Call:
