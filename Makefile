@@ -13,3 +13,22 @@ sanitize:  ## the tests of the primitives on a build with AddressSanitizer and U
 	FASTCL_CXXFLAGS="-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -O1" $(PYTHON) setup.py build_ext --inplace
 	$(RUN) $(PRELOAD) $(PYTHON) -m pytest tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
 		; status=$$?; $(MAKE) native; exit $$status
+
+RESULT ?= benchmarks/results/$(shell $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else 'no-gpu')").json
+MINUTES ?= 8
+
+.PHONY: gpu gpu-test gpu-bench
+
+gpu: gpu-test gpu-bench  ## everything that only a CUDA device can show
+
+gpu-test:  ## numerics, determinism, streams, graphs; then the kernels under compute-sanitizer, where it works
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py
+	@if command -v compute-sanitizer > /dev/null; then \
+		for tool in memcheck racecheck initcheck; do \
+			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.sanitized || exit 1; \
+		done; \
+	else echo "compute-sanitizer is not installed: out-of-bounds accesses are looked for by guard bands only"; fi
+
+gpu-bench:  ## against other libraries; run it again to go on where it stopped
+	$(PYTHON) -m benchmarks.gpu --json $(RESULT) --minutes $(MINUTES)
+	$(PYTHON) -m benchmarks.ledger

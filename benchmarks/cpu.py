@@ -16,21 +16,19 @@ import argparse
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib import import_module
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
 
-from fastcl import _settings, functional, reference, use_backend
-from fastcl._bench import USUAL
+from fastcl import _settings, use_backend
 from fastcl._info import commit, cpu_model, versions
 from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 
-TAU = 0.1
+from .peers import QUEUE, package_versions, problem
+
 Step = Callable[[], object]
 # loss, rows, dimension, products of N x M x D that the least arithmetic takes: the symmetric matrix is formed once,
 # by half, and multiplied once per side; a queue is read once; two towers take one product forward and two backward.
@@ -45,15 +43,12 @@ SHAPES = [
     ("moco", 256, 128, 2.0),
     ("supcon", 4096, 128, 1.5),
 ]
-QUEUE = 65536
 
 
 def contenders(loss: str, n: int, d: int) -> dict[str, Step]:
     """Forward and backward of one loss by contender, all on the same rows."""
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(rows: int) -> Tensor:
-        return normalize(torch.randn(rows, d, generator=generator), dim=1)
+    torch.compiler.reset()
+    fp32, bf16 = problem(loss, n, d), problem(loss, n, d, dtype=torch.bfloat16)
 
     def step(function: Callable[..., Tensor], leaves: list[Tensor], workspace: int | None = None) -> Step:
         def run() -> object:
@@ -63,55 +58,13 @@ def contenders(loss: str, n: int, d: int) -> dict[str, Step]:
 
         return run
 
-    def steps(
-        ours: Callable[..., Tensor], others: dict[str, Callable[..., Tensor]], rows: list[Tensor]
-    ) -> dict[str, Step]:
-        leaves = [r.requires_grad_() for r in rows]
-        half = [r.detach().bfloat16().requires_grad_() if r.ndim else r for r in rows]
-        others["compile"] = torch.compile(others["eager"], dynamic=False)
-        return {
-            **{name: step(f, leaves) for name, f in others.items()},
-            "native, 0 MB": step(ours, leaves, 0),
-            "native": step(ours, leaves),
-            "native, bf16": step(ours, half),
-        }
-
-    torch.compiler.reset()
-    if loss == "nt_xent":
-        others: dict[str, Callable[..., Tensor]] = {
-            "eager": lambda z: reference.nt_xent(z, temperature=TAU),
-            "cross-entropy": lambda z: USUAL["nt_xent"](z, temperature=TAU),
-        }
-        if lightly := _installed("lightly.loss"):
-            criterion = lightly.NTXentLoss(temperature=TAU)
-            others["lightly"] = lambda z: criterion(*z.chunk(2))
-        return steps(lambda z: functional.nt_xent(z, temperature=TAU), others, [unit(n)])
-    if loss == "clip":
-        scale = torch.tensor(14.3)
-        others = {"eager": lambda a, b, s: reference.clip(a, b, scale=s), "cross-entropy": _usual_clip}
-        if open_clip := _installed("open_clip"):
-            clip_loss = open_clip.ClipLoss()
-            others["open_clip"] = lambda a, b, s: clip_loss(a, b, s)
-        return steps(lambda a, b, s: functional.clip(a, b, scale=s), others, [unit(n), unit(n), scale])
-    if loss == "supcon":
-        labels = torch.randint(100, (n,), generator=generator)
-        others = {"eager": lambda z: reference.supcon(z, labels, temperature=TAU)}
-        if pml := _installed("pytorch_metric_learning.losses"):
-            supcon = pml.SupConLoss(TAU)
-            others["pytorch-metric-learning"] = lambda z: supcon(z, labels)
-        return steps(lambda z: functional.supcon(z, labels, temperature=TAU), others, [unit(n)])
-    keys, queue = unit(n), unit(QUEUE)
-    half_queue = queue.bfloat16()
-
-    def usual_moco(q: Tensor) -> Tensor:
-        logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / TAU
-        return cross_entropy(logits, torch.zeros(n, dtype=torch.long))
-
-    def ours(q: Tensor) -> Tensor:
-        held = queue if q.dtype == queue.dtype else half_queue
-        return functional.info_nce(q, keys.to(q.dtype), held, temperature=TAU)
-
-    return steps(ours, {"eager": usual_moco}, [unit(n)])
+    compiled = {"compile": torch.compile(fp32.others["eager"], dynamic=False)}
+    return {
+        **{name: step(f, fp32.leaves) for name, f in {**fp32.others, **compiled}.items()},
+        "native, 0 MB": step(fp32.ours, fp32.leaves, 0),
+        "native": step(fp32.ours, fp32.leaves),
+        "native, bf16": step(bf16.ours, bf16.leaves),
+    }
 
 
 def measure(loss: str, n: int, d: int, products: float, threads: int, rounds: int) -> list[dict[str, Any]]:
@@ -146,18 +99,6 @@ def measure(loss: str, n: int, d: int, products: float, threads: int, rounds: in
     return rows
 
 
-def _usual_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    logits, target = scale * image @ text.T, torch.arange(len(image))
-    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-
-def _installed(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        return None
-
-
 def main() -> None:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
@@ -187,22 +128,13 @@ def main() -> None:
         "commit": commit(),
         "versions": versions(),
         "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": args.threads},
-        "peers": {name: _version(name) for name in ("lightly", "open_clip_torch", "pytorch-metric-learning")},
+        "peers": package_versions(),
         "rows": rows,
     }
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastcl import pairwise
-from fastcl.backends import Pairs, triton
+from fastcl import pairwise, use_backend
+from fastcl.backends import Pairs, Sides, triton
 
 from .conftest import DEVICE
 from .oracle import assert_close
@@ -47,10 +47,74 @@ def test_softplus_sums_keep_digits_over_the_whole_range() -> None:
         assert_close(got, exact, 1e-6)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU multiplies bfloat16 as it should")
-def test_bfloat16_is_refused_in_the_interpreter() -> None:
-    x = torch.randn(3, 4, dtype=torch.bfloat16)
-    assert "bfloat16" in str(triton.unsupported("reduce", x))
+LINKS = {"exp": pairwise.pair_logsumexp, "softplus": pairwise.pair_softplus_sum}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("mask", ["nothing", "drop", "everything"])
+@pytest.mark.parametrize("sides", ["one set", "rows", "both"])
+def test_every_variant(dtype: torch.dtype, link: str, mask: str, sides: str) -> None:
+    """Every kernel with every combination of arguments it is compiled for, ragged in rows, columns and depth."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, d = 37, 37 if sides == "one set" else 45, 35
+    x, y = (torch.nn.functional.normalize(torch.randn(r, d, generator=generator), dim=1) for r in (m, n))
+    vectors = [torch.randn(r, generator=generator) for r in (m, n)]
+    keys = [torch.randint(5, (r,), generator=generator) for r in (m, n)]
+
+    def leaves(to: torch.dtype, result: torch.dtype) -> list[torch.Tensor]:
+        rows = [t.to(dtype).to(DEVICE, to).requires_grad_() for t in (x, y)]
+        numbers = [t.to(DEVICE, result).requires_grad_() for t in (*vectors, torch.tensor(8.0))]
+        return [*rows, *numbers]
+
+    def run(to: torch.dtype, result: torch.dtype, backend: str) -> list[torch.Tensor]:
+        q, k, row_bias, col_bias, scale = given = leaves(to, result)
+        drop, only = (tuple(t.to(DEVICE) for t in pair) for pair in (keys, [t % 3 for t in keys]))
+        one_set = sides == "one set"
+        options: dict[str, object] = {"scale": scale}
+        if mask != "nothing":
+            options["drop"] = drop[0] if one_set else drop
+        if mask == "everything":
+            col_bias = row_bias if one_set else col_bias
+            options.update(row_bias=row_bias, col_bias=col_bias, only=only[0] if one_set else only)
+            if not one_set:
+                options["ceiling"] = row_bias.detach() + 4
+        with use_backend(backend):
+            out = LINKS[link](q, None if one_set else k, both=sides == "both", **options)  # type: ignore[arg-type]
+            outs = out if isinstance(out, tuple) else (out,)
+            # a row without a kept pair is -inf and sends no gradient
+            total = sum((t.masked_fill(t == -torch.inf, 0) * torch.linspace(1, 2, len(t)).to(t)).sum() for t in outs)
+            grads = torch.autograd.grad(total, given, allow_unused=True)  # type: ignore[arg-type]
+        return [*outs, *(g for g in grads if g is not None)]
+
+    exact = run(torch.float64, torch.float64, "chunked")
+    got = run(dtype, torch.float32, "triton")
+    assert len(got) == len(exact) >= 3
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    for g, e in zip(got, exact, strict=True):
+        assert_close(g, e, tolerance if g.dtype == dtype else 2e-6 if g.dim() == 1 and len(g) else tolerance)
+
+
+def test_writes_nothing_beside_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Canaries before and behind every output, which are not initialised: what is not written stays NaN."""
+    guards = []
+
+    def canaries(x: torch.Tensor, *shape: int) -> torch.Tensor:
+        n = torch.Size(shape).numel()
+        buffer = torch.full((n + 8192,), 77.0, device=x.device)
+        guards.append((buffer, n))
+        buffer[4096 : n + 4096] = torch.nan
+        return buffer[4096 : n + 4096].view(shape)
+
+    monkeypatch.setattr(triton, "_new", canaries)
+    x, y = torch.randn(19, 37, device=DEVICE), torch.randn(45, 37, device=DEVICE)
+    pairs = Pairs(x, y, torch.ones((), device=DEVICE))
+    row, col = triton.reduce("exp", pairs, True, False)
+    sides = Sides(row, torch.ones_like(row), col, torch.ones_like(col))
+    assert all(t.isfinite().all() for t in (row, col, *triton.grad("exp", pairs, sides, True, True, True)))
+    assert len(guards) >= 6
+    for buffer, n in guards:
+        assert (buffer[:4096] == 77).all() and (buffer[n + 4096 :] == 77).all()
 
 
 def test_guard_bands() -> None:
@@ -62,8 +126,6 @@ def test_guard_bands() -> None:
         return flat[4096:-4096].view(t.shape)
 
     q, k, bias = (guarded(torch.randn(*s, device=DEVICE)) for s in [(19, 37), (23, 37), (19,)])
-    from fastcl import use_backend
-
     with use_backend("triton"):
         q, k = q.requires_grad_(), k.requires_grad_()
         row, col = pairwise.pair_logsumexp(q, k, scale=0.5, row_bias=bias, both=True)

@@ -8,7 +8,7 @@ assembly and libdevice, which is why log1p is written out below.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,12 +17,29 @@ from torch import Tensor
 
 from . import Pairs, Sides, tf32_is_allowed
 
-# (BLOCK_M, BLOCK_N, BLOCK_D) and launch options. One static choice that fits the shared memory of every architecture
-# from sm_75 on; never tuned by timing, so that every run and every rank computes the same bits.
-_GPU_BLOCKS = (64, 64, 64)
-_GPU_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
-_GPU_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # products in plain fp32 need more registers
-_INTERPRETER_BLOCKS = (16, 32, 32)
+
+class Config(NamedTuple):
+    """How a launch is cut: rows and columns of a tile, depth of a step of its product, features of an output slice."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+# By how a tile is multiplied; python -m benchmarks.aot shows that each fits registers and shared memory everywhere.
+_CONFIGS = {
+    "fp32 units": Config(32, 64, 16, 64, 8, 1),
+    "fp32 units, 16 bits": Config(32, 64, 32, 64, 8, 1),  # 16 bytes per thread and load
+    "mma.sync, 16 bits": Config(64, 64, 32, 64, 8, 2),
+    "mma.sync, TF32": Config(64, 32, 32, 64, 8, 2),
+    "wgmma or tcgen05": Config(64, 64, 64, 64, 8, 2),
+    "interpreter": Config(16, 32, 32, 32, 1, 1),
+}
+# Left alone, the assembler aims at more blocks per processor, and pays with registers that spill.
+_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
 
 
 def unsupported(op: str, x: Tensor) -> str | None:
@@ -32,10 +49,6 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return f"needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16 rows, got {x.dtype}"
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies the bit patterns of bfloat16"
-    if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "needs compute capability 8.0 for bfloat16"
     return None if INTERPRETED else _failed_check(x.device)
 
 
@@ -53,43 +66,69 @@ def grad(
 
 
 def _reduce_rows(link: str, pairs: Pairs) -> Tensor:
-    out = pairs.x.new_empty(len(pairs.x), dtype=torch.float32)
+    out = _new(pairs.x, len(pairs.x))
     _launch(_reduce_kernel, pairs, 1, out, LINK=link)
     return out
 
 
 def _grad_rows(link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_sum: bool) -> tuple[Tensor, Tensor]:
-    (m, d), new = pairs.x.shape, pairs.x.new_empty
-    dx = new((m, d) if want_dx else 0, dtype=torch.float32)
-    row_sum = new(m if want_sum else 0, dtype=torch.float32)
+    m, d = pairs.x.shape
+    dx = _new(pairs.x, m, d) if want_dx else _new(pairs.x, 0)
+    row_sum = _new(pairs.x, m if want_sum else 0)
     if want_dx or want_sum:
         _launch(
-            _grad_kernel, pairs, triton.cdiv(d, _blocks()[2]) if want_dx else 1,
+            _grad_kernel, pairs, triton.cdiv(d, _config(pairs.x).block_d) if want_dx else 1,
             *(t if t is None else t.contiguous() for t in sides),
             dx if want_dx else None, row_sum if want_sum else None, LINK=link,
         )  # fmt: skip
     return dx, row_sum
 
 
+def _new(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
 def _launch(kernel: Any, pairs: Pairs, slices: int, *tensors: Tensor | None, LINK: str) -> None:
     """One program per BLOCK_M rows (and per slice of the output's features), on row-major operands."""
     x, y, scale, *optional, _ = pairs
     m, d = x.shape
-    block_m, block_n, block_d = _blocks()
+    config = _config(x)
     if m == 0 or slices == 0:
         return
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(m, block_m), slices)](
+        kernel[(triton.cdiv(m, config.block_m), slices)](
             x.contiguous(), y.contiguous(), scale,
             *(t if t is None else t.contiguous() for t in optional), *tensors,
-            m, len(y), D=d, LINK=LINK, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-            PRECISION="ieee" if x.dtype == torch.float32 and not tf32_is_allowed() else "tf32",
-            **({} if INTERPRETED else {"num_warps": _GPU_WARPS[x.dtype], **_GPU_OPTIONS}),
+            m, len(y), D=d, LINK=LINK, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_D=config.block_d, PRECISION=_precision(x),
+            **({} if INTERPRETED else {"num_warps": config.warps, "num_stages": config.stages, **_OPTIONS}),
         )  # fmt: skip
 
 
-def _blocks() -> tuple[int, int, int]:
-    return _INTERPRETER_BLOCKS if INTERPRETED else _GPU_BLOCKS
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, such as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
+def _precision(x: Tensor) -> str:
+    """How operands are multiplied: "ieee" fp32, "tf32" (and 16-bit numbers as they are), or "upcast" to fp32 first.
+
+    Triton has no matrix instructions for GPUs before Ampere, and its interpreter multiplies the bit patterns of bf16.
+    """
+    if x.dtype == torch.float32:
+        return "tf32" if tf32_is_allowed() else "ieee"
+    return "upcast" if INTERPRETED or capability(x.device) < (8, 0) else "tf32"
+
+
+def _config(x: Tensor) -> Config:
+    """Static: never tuned by timing, so that every run and every rank computes the same bits."""
+    if INTERPRETED:
+        return _CONFIGS["interpreter"]
+    if _precision(x) in ("ieee", "upcast"):
+        return _CONFIGS["fp32 units" if x.dtype == torch.float32 else "fp32 units, 16 bits"]
+    if capability(x.device)[0] in (9, 10):
+        return _CONFIGS["wgmma or tcgen05"]
+    return _CONFIGS["mma.sync, TF32" if x.dtype == torch.float32 else "mma.sync, 16 bits"]
 
 
 @lru_cache(maxsize=None)
@@ -124,18 +163,27 @@ def _failed_check(device: torch.device) -> str | None:
 
 
 @triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "upcast":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _logits(
     x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, rows, cols, M, N,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits (BLOCK_M, BLOCK_N) in fp32; -inf where a pair is forgotten or outside."""
     in_m, in_n = rows < M, cols < N
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
         xs = tl.load(x + rows[:, None] * D + d[None, :], mask=in_m[:, None] & (d < D)[None, :], other=0.0)
         ys = tl.load(y + cols[:, None] * D + d[None, :], mask=in_n[:, None] & (d < D)[None, :], other=0.0)
-        s = tl.dot(xs, tl.trans(ys), s, input_precision=PRECISION)
+        s = _dot(xs, tl.trans(ys), s, PRECISION)
     s *= tl.load(scale)
     if row_bias is not None:
         s += tl.load(row_bias + rows, mask=in_m, other=0.0)[:, None]
@@ -174,8 +222,8 @@ def _softplus(s):
 @triton.jit
 def _reduce_kernel(
     x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, out, M, N,
-    D: tl.constexpr, LINK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, LINK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -184,7 +232,7 @@ def _reduce_kernel(
         cols = tl.arange(0, BLOCK_N).to(tl.int64) + start
         s = _logits(
             x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, rows, cols, M, N,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         if LINK == "exp":  # online: the running sum is rescaled whenever the peak moves
             new = tl.maximum(peak, tl.max(s, 1))
@@ -202,8 +250,8 @@ def _reduce_kernel(
 def _grad_kernel(
     x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling,
     row_lse, row_grad, col_lse, col_grad, dx, row_sum, M, N,
-    D: tl.constexpr, LINK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, LINK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = rows < M
@@ -215,7 +263,7 @@ def _grad_kernel(
         in_n = cols < N
         s = _logits(
             x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, rows, cols, M, N,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if row_grad is not None:
@@ -236,9 +284,9 @@ def _grad_kernel(
             ys = tl.load(y + cols[:, None] * D + d[None, :], mask=in_n[:, None] & (d < D)[None, :], other=0.0)
             # Weights are about 1 / N^2, below what fp16 holds: such rows multiply in TF32, whose mantissa is as long.
             if ys.dtype == tl.float16:
-                acc = tl.dot(w, ys.to(tl.float32), acc, input_precision=PRECISION)
+                acc = _dot(w, ys.to(tl.float32), acc, PRECISION)
             else:
-                acc = tl.dot(w.to(ys.dtype), ys, acc, input_precision=PRECISION)
+                acc = _dot(w.to(ys.dtype), ys, acc, PRECISION)
     if dx is not None:
         tl.store(dx + rows[:, None] * D + d[None, :], acc, mask=in_m[:, None] & (d < D)[None, :])
     if row_sum is not None:  # noqa: SIM102  Triton cannot mix a compile-time and a run-time test

@@ -1,0 +1,289 @@
+"""Compile every Triton kernel for every architecture, on a machine without a GPU, and read what came out.
+
+    python -m benchmarks.aot --json benchmarks/results/aot.json
+
+The losses of ``fastcl.testing.CASES`` and a call with every mask and bias run as they would on a GPU, on CPU tensors,
+with Triton told to compile for one architecture after another and to launch nothing. So every kernel is compiled with
+its real launch arguments, alignments and options. Triton keeps what it compiled by the hash of source and options
+(``TRITON_CACHE_DIR``): a second run takes seconds.
+
+Each row is one compiled kernel: registers per thread, bytes of stack (what did not fit into registers: a spill), shared
+memory of a block against what the architecture has, and counts of instructions in the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# Shared memory a block may have, in bytes: CUDA C++ Programming Guide, technical specifications per compute capability.
+SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+MATRIX = {  # machine instructions that multiply matrices, by the name of their family in PTX
+    "wgmma": "HGMMA",
+    "tcgen05": "UTC[HQ]MMA",
+    "mma.sync": "HMMA",
+}
+WIDE = r"(LDG|LDGSTS)\.E\S*\.128|UTMALDG|UBLKCP"  # 16 bytes per thread, or a bulk copy
+SPILL = r"(LDL|STL)\b"
+DTYPES = ("float32", "tf32", "float16", "bfloat16")
+ROWS, DIM = 256, 128  # a multiple of 16, and of what a 16-byte load needs
+ODD_ROWS, ODD_DIM = 101, 37
+
+
+@dataclass
+class Compiled:
+    """One kernel for one architecture."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    used_by: list[str]
+    aligned: bool  # D is a multiple of 8
+    warps: int
+    registers: int
+    stack_bytes: int
+    spill_instructions: int
+    shared_bytes: int
+    shared_limit: int
+    instructions: int
+    wide_loads: int
+    matrix: dict[str, int]
+
+
+def compile_all(arch: int, dtype: str) -> list[Compiled]:
+    """Every kernel that fastcl launches with rows of this dtype on this architecture. In a process of its own."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    import fastcl.backends.triton as backend
+
+    class NoDevice:
+        """Answers what Triton asks a driver before it compiles."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return arch  # compiled kernels are kept by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    driver.set_active(NoDevice())
+    seen: dict[str, tuple[Any, bool, set[str]]] = {}
+    using = ["", True]
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        # what it was compiled from: the same source with the same arguments has the same hash
+        seen.setdefault(compiled.metadata.hash, (compiled, using[1], set()))[2].add(using[0])
+        return compiled
+
+    triton.JITFunction.run = compile_only
+    backend.unsupported = lambda op, x: None
+    backend.capability = lambda device: divmod(arch, 10)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    rows_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    for name, aligned, call in _calls(rows_dtype):
+        using[:] = [name, aligned]
+        call()
+    return [_read(compiled, arch, dtype, sorted(users), aligned) for compiled, aligned, users in seen.values()]
+
+
+def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
+    """Name, whether D is aligned, and a function that runs forward and backward."""
+    import torch
+
+    from fastcl import functional, pairwise, use_backend
+    from fastcl.testing import CASES, LossCase
+
+    def backward(result: Any) -> None:
+        sum(t.sum() for t in (result if isinstance(result, tuple) else (result,))).backward()
+
+    def loss(case: LossCase) -> Callable[[], None]:
+        def call() -> None:
+            args, kwargs = case.inputs(ROWS // case.rows(1)[0], DIM, dtype=dtype)
+            with use_backend("triton"):
+                backward(getattr(functional, case.name)(*args, **kwargs))
+
+        return call
+
+    def everything(function: Any, n: int, d: int, symmetric: bool) -> Callable[[], None]:
+        def call() -> None:
+            q, k = (torch.randn(n, d).to(dtype).requires_grad_() for _ in range(2))
+            bias, keys = torch.randn(n, requires_grad=True), torch.arange(n)
+            given = dict(scale=torch.tensor(2.0, requires_grad=True), row_bias=bias, drop=keys, only=keys)
+            with use_backend("triton"):
+                if symmetric:
+                    backward(function(q, col_bias=bias, **given))
+                else:
+                    ceiling = torch.zeros(n)
+                    backward(function(q, k, col_bias=bias * 1, ceiling=ceiling, both=True, **given))
+
+        return call
+
+    lse, softplus = pairwise.pair_logsumexp, pairwise.pair_softplus_sum
+    return [
+        *(("-".join([c.name, *c.row_arguments]), True, loss(c)) for c in CASES),
+        ("pair_logsumexp, every mask", True, everything(lse, ROWS, DIM, False)),
+        ("pair_logsumexp, every mask, odd sizes", False, everything(lse, ODD_ROWS, ODD_DIM, False)),
+        ("pair_logsumexp, every mask, one set", True, everything(lse, ROWS, DIM, True)),
+        ("pair_softplus_sum, every mask", True, everything(softplus, ROWS, DIM, False)),
+    ]
+
+
+def _read(compiled: Any, arch: int, dtype: str, users: list[str], aligned: bool) -> Compiled:
+    resources, code = _machine_code(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert found, resources
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    return Compiled(
+        kernel=compiled.metadata.name,
+        arch=arch,
+        dtype=dtype,
+        used_by=users,
+        aligned=aligned,
+        warps=compiled.metadata.num_warps,
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        spill_instructions=_count(SPILL, instructions),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMIT[arch],
+        instructions=len(instructions),
+        wide_loads=_count(WIDE, instructions),
+        matrix={family: n for family, name in MATRIX.items() if (n := _count(name, instructions))},
+    )
+
+
+def _count(pattern: str, instructions: list[str]) -> int:
+    return sum(bool(re.match(pattern, i)) for i in instructions)
+
+
+def _machine_code(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of the resources, and the disassembly; both tools come with Triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return tuple(
+            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )  # type: ignore[return-value]
+
+
+def faults(rows: list[Compiled]) -> list[str]:
+    """A sentence for everything that a compiled kernel should not be."""
+    found = []
+    for row in rows:
+        name = f"{row.kernel} for sm_{row.arch}, {row.dtype}, of {row.used_by[0]}"
+        if row.shared_bytes > row.shared_limit:
+            found.append(f"{name}: {row.shared_bytes} bytes of shared memory, the architecture has {row.shared_limit}")
+        if row.stack_bytes or row.spill_instructions:
+            found.append(f"{name}: spills {row.stack_bytes} bytes of registers")
+        family = matrix_family(row.arch, row.dtype)
+        if set(row.matrix) != ({family} if family else set()):
+            found.append(f"{name}: multiplies with {sorted(row.matrix) or 'fp32 units'}, expected {family}")
+        if row.aligned and not row.wide_loads:
+            found.append(f"{name}: no 16-byte loads of aligned rows")
+    return found
+
+
+def matrix_family(arch: int, dtype: str) -> str | None:
+    """The matrix instructions that products of these rows should use; Triton has none before Ampere."""
+    if dtype == "float32" or arch < 80:
+        return None
+    return {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
+
+
+def compile_everything(
+    archs: Iterable[int] = tuple(SHARED_LIMIT), dtypes: Iterable[str] = DTYPES, workers: int = 2
+) -> tuple[list[Compiled], list[dict[str, Any]]]:
+    """All kernels, and what could not be compiled, with the compiler's reason: arch, dtype, reason."""
+    jobs = [(arch, dtype) for arch in archs for dtype in dtypes if not (arch < 80 and dtype == "tf32")]
+    # a process per job: Triton's driver and what it compiled belong to one architecture
+    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        results = pool.map(_job, jobs, chunksize=1)
+    rows = [row for result in results if isinstance(result, list) for row in result]
+    failed = [
+        {"arch": arch, "dtype": dtype, "reason": result}
+        for (arch, dtype), result in zip(jobs, results, strict=True)
+        if isinstance(result, str)
+    ]
+    return rows, failed
+
+
+def _job(job: tuple[int, str]) -> list[Compiled] | str:
+    os.environ.pop("TRITON_INTERPRET", None)  # a test run sets it
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        return compile_all(*job)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return f"{type(cause).__name__}: {cause}"
+
+
+def main() -> int:
+    """Compile, print a line per architecture and dtype, write the rows; 1 if there is a fault."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.partition("\n")[0])
+    parser.add_argument("--archs", default=",".join(map(str, SHARED_LIMIT)))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rows, failed = compile_everything(map(int, args.archs.split(",")), args.dtypes.split(","), args.workers)
+    for key in dict.fromkeys((row.arch, row.dtype) for row in rows):
+        group = [row for row in rows if (row.arch, row.dtype) == key]
+        print(
+            f"sm_{key[0]:<4} {key[1]:<9} {len(group):>3} kernels, at most {max(r.registers for r in group)} registers, "
+            f"{max(r.stack_bytes for r in group)} bytes spilled, {max(r.shared_bytes for r in group):,} of "
+            f"{group[0].shared_limit:,} bytes shared, {', '.join(group[0].matrix) or 'fp32 units'}"
+        )
+    for failure in failed:
+        print(f"sm_{failure['arch']} {failure['dtype']}: not compiled ({failure['reason']})")
+    wrong = faults(rows)
+    print("\n".join(wrong) or f"{len(rows)} kernels, no fault")
+    if args.json:
+        _write(args.json, rows, failed)
+    return bool(wrong or failed)
+
+
+def _write(path: str, rows: list[Compiled], failed: list[dict[str, Any]]) -> None:
+    from datetime import datetime, timezone
+    from importlib.metadata import version
+
+    from fastcl._info import commit
+
+    head = {
+        "command": "python -m benchmarks.aot --json benchmarks/results/aot.json",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "not_compiled": failed,
+    }
+    lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

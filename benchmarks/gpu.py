@@ -1,0 +1,232 @@
+"""fastcl on a CUDA device against what people use, forward and backward, side by side; the record of one GPU.
+
+    python -m benchmarks.gpu --json benchmarks/results/h200.json --minutes 8
+
+Run it again to go on: rows that were measured with the same kernels are kept. Contenders: *eager*
+(``fastcl.reference``) and *cross-entropy* (the usual short form), each also under torch.compile;
+``F.linear_cross_entropy`` where torch has it; lightly, open_clip, inf_cl and pytorch-metric-learning where they are
+installed; *fastcl chunked*, *fastcl triton*, and *fastcl triton, graph*, a replayed CUDA graph. What does not fit
+into the memory is said so.
+
+Losses and gradients up to 4,096 rows are compared with fp64; a kernel is *verified* when those and ``fastcl selftest``
+pass. ``of_bound`` is the least time of ``benchmarks.roofline`` with this GPU's own measured ceilings over the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl import _selftest, use_backend
+from fastcl._info import commit, versions
+from fastcl._measure import peak_bytes
+
+from . import ledger, roofline
+from .peers import QUEUE, package_versions, problem
+
+Step = Callable[[], object]
+DEVICE = torch.device("cuda")
+# loss, rows, columns, dimension: the most telling first, for a run may be cut short
+SHAPES = [
+    ("nt_xent", 4096, 4096, 128),
+    ("nt_xent", 16384, 16384, 128),
+    ("nt_xent", 16384, 16384, 512),
+    ("clip", 16384, 16384, 512),
+    ("moco", 1024, QUEUE, 128),
+    ("siglip", 16384, 16384, 768),
+    ("nt_xent", 1024, 1024, 128),
+    ("nt_xent", 65536, 65536, 128),
+    ("nt_xent", 1048576, 1048576, 128),
+    ("supcon", 4096, 4096, 128),
+    ("clip", 65536, 65536, 512),
+    ("siglip", 65536, 65536, 768),
+    *(("nt_xent", n, n, d) for n in (1024, 4096, 16384, 65536) for d in (64, 256, 512, 1024)),
+    ("nt_xent", 2048, 2048, 128),
+    ("nt_xent", 8192, 8192, 128),
+    ("nt_xent", 32768, 32768, 128),
+]
+CHECKED_ROWS = 4096  # a dense fp64 matrix of that size and its gradient fit anywhere
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+LARGEST_DENSE = 131072  # a dense matrix of more rows fits no GPU, and trying costs minutes
+ROUND_SECONDS = 0.02  # of repeated calls: launch gaps and the clock's steps average out
+
+
+def measure(loss: str, n: int, columns: int, d: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """One row per contender; ``skipped`` says why one was not measured."""
+    torch.compiler.reset()
+    task = problem(loss, n, d, columns=columns, device=DEVICE, dtype=dtype)
+
+    def step(function: Callable[..., Tensor], backend: str = "auto") -> Step:
+        def run() -> object:
+            with use_backend(backend):
+                return torch.autograd.grad(function(*task.leaves), task.leaves)
+
+        return run
+
+    steps: dict[str, Callable[[], Step]] = {}
+    for name, function in task.others.items():
+        steps[name] = lambda f=function: step(f)  # type: ignore[misc]
+        if name in ("eager", "cross-entropy"):
+            steps[f"compile, {name}"] = lambda f=function: step(torch.compile(f, dynamic=False))  # type: ignore[misc]
+    steps = {} if max(n, columns) > LARGEST_DENSE else steps
+    steps["fastcl chunked"] = lambda: step(task.ours, "chunked")
+    steps["fastcl triton"] = lambda: step(task.ours, "triton")
+    steps["fastcl triton, graph"] = lambda: _graph(step(task.ours, "triton"))
+
+    ready: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in steps.items():
+        row = rows[name] = {
+            "loss": loss, "rows": n, "columns": columns, "dim": d, "dtype": str(dtype).removeprefix("torch."),
+            "contender": name,
+        }  # fmt: skip
+        try:
+            ready[name] = make()
+            ready[name]()
+            row["peak_bytes"] = None if name.endswith("graph") else peak_bytes(ready[name], DEVICE)
+            row["calls"] = max(1, int(ROUND_SECONDS / _seconds(ready[name], 1)))
+        except Exception as error:  # out of memory, or a peer that cannot: the others are measured all the same
+            ready.pop(name, None)
+            row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            torch.cuda.empty_cache()
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, run in ready.items():
+            seconds[name].append(_seconds(run, rows[name]["calls"]))
+    for name, taken in seconds.items():
+        rows[name].update(seconds=taken, median_seconds=median(taken))
+    if n <= CHECKED_ROWS and "fastcl triton" in ready:
+        rows["fastcl triton"]["gradient_error"] = _gradient_error(loss, n, columns, d, dtype)
+    return list(rows.values())
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches: FLOP/s of torch's matrix product on random data by dtype, bytes/s of a large copy."""
+    found = {}
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    for name, dtype in (("bfloat16", torch.bfloat16), ("tf32", torch.float32), ("float32", torch.float32)):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in range(2))
+        found[f"matmul_{name}"] = 2 * 8192**3 / median(_seconds(lambda a=a, b=b: a @ b, 3) for _ in range(5))  # type: ignore[misc]
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    source = torch.randn(2**29, device=DEVICE)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.nbytes / median(_seconds(lambda: target.copy_(source), 3) for _ in range(5))
+    return found
+
+
+def _seconds(step: Step, calls: int) -> float:
+    """Per call, between two events on the device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def _graph(step: Step) -> Step:
+    """The step as a CUDA graph, replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _gradient_error(loss: str, n: int, columns: int, d: int, dtype: torch.dtype) -> float:
+    """Largest relative Frobenius error of a gradient against the dense loss in fp64, on the same rounded rows."""
+    task = problem(loss, n, d, columns=columns, device=DEVICE, dtype=dtype)
+    with use_backend("triton"):
+        got = torch.autograd.grad(task.ours(*task.leaves), task.leaves)
+    exact = [t.detach().double().requires_grad_() for t in task.leaves]
+    value = task.others["eager"](*exact)
+    want = torch.autograd.grad(value, exact)
+    return max(float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True))
+
+
+def _verified(rows: list[dict[str, Any]], selftest: dict[str, Any]) -> bool:
+    errors = [
+        (row["gradient_error"], TOLERANCE[getattr(torch, row["dtype"])]) for row in rows if "gradient_error" in row
+    ]
+    own = [row for row in selftest["rows"] if row["backend"] == "triton" and row["device"].startswith("cuda")]
+    return bool(errors and own) and all(e <= t for e, t in errors) and all(row["passed"] for row in own)
+
+
+def main() -> None:
+    """Measure shape after shape until the time is over, and write after each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu: got a machine without a CUDA device; expected one. Run it where one is.")
+    deadline = time.monotonic() + 60 * args.minutes
+    source = (ledger.ROOT / ledger.SOURCES[0]).read_text(encoding="utf-8")
+    hashes = ledger.kernel_hashes(source)
+    result = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    kept = result.get("rows", []) if {n: k["hash"] for n, k in result.get("kernels", {}).items()} == hashes else []
+    gpu = torch.cuda.get_device_name()
+    machine = {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "ceilings": ceilings()}
+    selftest = _selftest.run()
+    print(_selftest.text(selftest), flush=True)
+    done = {(r["loss"], r["rows"], r["columns"], r["dim"], r["dtype"]) for r in kept}
+    rows = list(kept)
+    for loss, n, columns, d in SHAPES:
+        for dtype in args.dtypes.split(","):
+            if (loss, n, columns, d, dtype) in done or time.monotonic() > deadline:
+                continue
+            new = measure(loss, n, columns, d, getattr(torch, dtype), args.rounds)
+            rows += new
+            for row in new:
+                row["of_bound"] = roofline.fraction(row, gpu, machine["ceilings"])
+                print(_line(row), flush=True)
+            kernels = {name: {"hash": digest, "verified": _verified(rows, selftest)} for name, digest in hashes.items()}
+            result = {
+                "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}",
+                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+                "commit": commit(),
+                "versions": versions(),
+                "machine": machine,
+                "peers": package_versions(),
+                "kernels": kernels,
+                "selftest_passed": selftest["passed"],
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    left = len(SHAPES) * len(args.dtypes.split(",")) - len({(*_key(r),) for r in rows})
+    print(f"{left} shapes left: run it again" if left > 0 else "complete")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["loss"], row["rows"], row["columns"], row["dim"], row["dtype"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['loss']:>8} {row['rows']:>8} x {row['dim']:<5} {row['dtype']:<9} {row['contender']:<24}"
+    if "skipped" in row:
+        return f"{head} skipped: {row['skipped'][:60]}"
+    peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:>9.1f} MB"
+    share = "" if row["of_bound"] is None else f"  {row['of_bound']:.0%} of the bound"
+    error = f"  error {row['gradient_error']:.1e}" if "gradient_error" in row else ""
+    return f"{head}{row['median_seconds'] * 1e3:>10.3f} ms {peak}{share}{error}"
+
+
+if __name__ == "__main__":
+    main()

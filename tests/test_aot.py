@@ -1,0 +1,57 @@
+"""Every Triton kernel compiles for every architecture, fits it, and uses its matrix instructions: no GPU is needed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import aot
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton and its assembler come for Linux only")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[aot.Compiled]:
+    rows, failed = aot.compile_everything()
+    assert not failed
+    return rows
+
+
+def test_no_kernel_has_a_fault(compiled: list[aot.Compiled]) -> None:
+    assert aot.faults(compiled) == []
+
+
+def test_every_loss_was_compiled_for_every_architecture(compiled: list[aot.Compiled]) -> None:
+    for arch in aot.SHARED_LIMIT:
+        for dtype in aot.DTYPES:
+            if arch < 80 and dtype == "tf32":
+                continue
+            rows = [row for row in compiled if (row.arch, row.dtype) == (arch, dtype)]
+            users = {user for row in rows for user in row.used_by}
+            assert {"nt_xent", "clip", "siglip", "supcon", "info_nce", "pair_logsumexp, every mask"} <= users
+            assert {row.kernel for row in rows} == {"_reduce_kernel", "_grad_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
+        ({"stack_bytes": 8}, "spills 8 bytes"),
+        ({"matrix": {"mma.sync": 4}}, "multiplies with ['mma.sync'], expected wgmma"),
+        ({"matrix": {}}, "multiplies with fp32 units, expected wgmma"),
+        ({"wide_loads": 0}, "no 16-byte loads"),
+    ],
+)
+def test_a_fault_is_found(compiled: list[aot.Compiled], fault: dict[str, object], said: str) -> None:
+    row = next(row for row in compiled if (row.arch, row.dtype, row.aligned) == (90, "bfloat16", True))
+    (sentence,) = aot.faults([replace(row, **fault)])  # type: ignore[arg-type]
+    assert said in sentence
+
+
+def test_what_does_not_compile_is_reported() -> None:
+    rows, failed = aot.compile_everything([13], ["float32"], workers=1)
+    assert not rows
+    assert failed[0]["arch"] == 13
+    assert failed[0]["reason"]

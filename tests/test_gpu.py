@@ -1,0 +1,254 @@
+"""What only a CUDA device can show: `make gpu-test` runs this there; elsewhere every test is skipped and says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import fastcl
+from fastcl import functional, pairwise
+from fastcl.backends import triton
+from fastcl.testing import CASES, LossCase
+
+from .oracle import TOLERANCE, assert_close, check_case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def backend() -> object:
+    with fastcl.use_backend("triton"):
+        yield
+
+
+def rows(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(n, d, generator=generator), dim=1).to(DEVICE, dtype).requires_grad_()
+
+
+def step(z: Tensor) -> tuple[Tensor, Tensor]:
+    loss = functional.nt_xent(z, temperature=0.1)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def test_the_kernels_pass_their_check() -> None:
+    assert triton._failed_check(torch.device(DEVICE, 0)) is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
+@pytest.mark.parametrize("dtype", TOLERANCE.keys() - {torch.float64}, ids=str)
+@pytest.mark.parametrize("shape", [(301, 37), (512, 128), (260, 520)], ids=str)
+def test_every_loss_against_fp64(case: LossCase, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    args, kwargs = case.inputs(*shape, dtype=dtype, device=DEVICE)
+    check_case(case, args, kwargs)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0])
+def test_any_temperature(temperature: float) -> None:
+    case = CASES[0]
+    args, _ = case.inputs(300, 64, device=DEVICE, temperature=temperature)
+    with fastcl.use_backend("chunked"):
+        exact = [t.detach().double().requires_grad_() for t in args]
+        want = functional.nt_xent(*exact, temperature=temperature)
+    got = functional.nt_xent(*args, temperature=temperature)
+    assert_close(got, want, 1e-6 + 4 * 1.2e-7 / temperature)
+
+
+def test_tf32_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = rows(512, 128)
+    _, exact = step(z)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    _, got = step(z)
+    assert not torch.equal(got, exact)
+    assert_close(got, exact, 1e-2)
+
+
+def test_past_2_to_the_31() -> None:
+    """65,537 rows: more pairs than 32 bits count. Sampled rows of the gradient against fp64."""
+    n, d, tau = 65537, 32, 0.1
+    x, y = rows(n, d), rows(n, d, seed=1)
+    lse = pairwise.pair_logsumexp(x, y, scale=1 / tau)
+    (dx,) = torch.autograd.grad(lse.sum(), x)
+    some = torch.tensor([0, 1, 40000, n - 2, n - 1], device=DEVICE)
+    logits = x.detach()[some].double() @ y.detach().double().T / tau
+    assert_close(lse.detach()[some], logits.logsumexp(1), 1e-6)
+    assert_close(dx[some], logits.softmax(1) @ y.detach().double() / tau, 1e-5)
+
+
+def test_offsets_past_2_to_the_31() -> None:
+    """A matrix of more than 2^31 elements: the last rows lie beyond what a 32-bit offset reaches."""
+    n, d = 2**21 + 64, 1024
+    x = torch.empty(n, d, device=DEVICE, dtype=torch.bfloat16)
+    x[-64:] = rows(64, d, torch.bfloat16).detach()
+    x[:64] = rows(64, d, torch.bfloat16, seed=1).detach()
+    y = rows(96, d, torch.bfloat16, seed=2).detach()
+    for part in (x[-64:], x[:64]):
+        with fastcl.use_backend("chunked"):
+            want = pairwise.pair_logsumexp(part.double(), y.double(), scale=10.0)
+        assert_close(pairwise.pair_logsumexp(part, y, scale=10.0), want, 1e-5)
+    whole = pairwise.pair_logsumexp(y, x[-(2**21) :], scale=1e-3)
+    assert whole.isfinite().all()
+
+
+def test_guard_bands_and_canaries() -> None:
+    def guarded(t: Tensor) -> Tensor:
+        flat = torch.full((t.numel() + 2 * 4096,), float("nan"), device=DEVICE, dtype=t.dtype)
+        flat[4096:-4096] = t.flatten()
+        return flat[4096:-4096].view(t.shape)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        plain = [rows(101, 37, dtype, seed=s).detach() for s in (0, 1)]
+        q, k = (guarded(t).requires_grad_() for t in plain)
+        row, col = pairwise.pair_logsumexp(q, k, scale=5.0, both=True)
+        grads = torch.autograd.grad(row.sum() + col.sum(), (q, k))
+        assert all(t.isfinite().all() for t in (row, col, *grads))
+
+
+def test_same_bits_beside_a_noisy_stream() -> None:
+    z = rows(1000, 96, torch.bfloat16)
+    want = step(z)
+    noise, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
+    for i in range(1000):
+        if i % 50 == 0:
+            with torch.cuda.stream(noise):
+                for _ in range(20):
+                    a = (a @ a).clamp(-1, 1)
+        for got, w in zip(step(z), want, strict=True):
+            assert torch.equal(got, w), f"repeat {i}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
+def test_no_host_synchronisation(case: LossCase) -> None:
+    args, kwargs = case.inputs(128, 64, dtype=torch.bfloat16, device=DEVICE)
+
+    def run() -> list[Tensor]:
+        loss = getattr(functional, case.name)(*args, **kwargs)
+        leaves = [t for t in (*args, *kwargs.values()) if t.requires_grad]
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    run()  # the first call on a device checks the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_replays_on_new_data() -> None:
+    z = rows(512, 64, torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(z)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(z)
+    for seed in range(100):
+        fresh = rows(512, 64, torch.bfloat16, seed=seed)
+        with torch.no_grad():
+            z.copy_(fresh)
+        graph.replay()
+        for got, want in zip(captured, step(fresh), strict=True):
+            assert torch.equal(got, want), f"replay {seed}"
+
+
+def test_eight_threads_on_cold_caches() -> None:
+    wanted = {n: step(rows(n, 48)) for n in (64, 100)}
+    triton._failed_check.cache_clear()
+    wrong: list[str] = []
+
+    def work(n: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            got = step(rows(n, 48))
+        stream.synchronize()
+        if not all(torch.equal(a, b) for a, b in zip(got, wanted[n], strict=True)):
+            wrong.append(str(n))
+
+    threads = [threading.Thread(target=work, args=((64, 100)[i % 2],)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_processes_on_one_cold_cache(tmp_path: object) -> None:
+    code = (
+        "import torch, fastcl; z = torch.randn(64, 24, device='cuda', requires_grad=True)\n"
+        "with fastcl.use_backend('triton'): fastcl.NTXentLoss()(z).backward()\n"
+        "assert z.grad.isfinite().all()"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) for _ in range(8)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+
+
+def test_a_side_stream() -> None:
+    z = rows(700, 64)
+    want = step(z)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = step(z)
+    stream.synchronize()
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_a_device_that_is_not_current() -> None:
+    z = rows(200, 32)
+    want = step(z)
+    for got, w in zip(step(z.detach().to("cuda:1").requires_grad_()), want, strict=True):
+        assert got.device.index == 1
+        assert torch.equal(got.cpu(), w.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_autocast_and_grad_scaler(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    z = rows(256, 64, dtype)
+    rounded = z.detach().to(autocast or dtype)
+    exact = rounded.double().requires_grad_()
+    with fastcl.use_backend("chunked"):
+        want = torch.autograd.grad(functional.nt_xent(exact, temperature=0.1), exact)[0]
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    with torch.autocast("cuda", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = functional.nt_xent(z, temperature=0.1)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    assert z.grad is not None
+    tolerance = max(TOLERANCE[dtype][1], TOLERANCE[autocast or dtype][1])
+    assert_close(z.grad.double() / scaler.get_scale(), want, tolerance)
+
+
+def test_memory_does_not_grow_with_pairs() -> None:
+    from fastcl._measure import peak_bytes
+
+    z = rows(16384, 64, torch.bfloat16)
+    step(z)
+    assert peak_bytes(lambda: step(z), torch.device(DEVICE)) < 40 * z.nbytes
+
+
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: Callable[..., Tensor] = torch.compile(functional.nt_xent, fullgraph=True)
+    z = rows(300, 64)
+    _, want = step(z)
+    (got,) = torch.autograd.grad(compiled(z, temperature=0.1), z)
+    assert_close(got, want, 1e-5)
