@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import ledger
+
 ROOT = Path(__file__).resolve().parent.parent
 _BENCH_NOTE = (
     "Medians of interleaved rounds; times faster and times less memory are against the better of the dense rows."
@@ -63,6 +65,8 @@ def table(name: str) -> str:
     if name not in TABLES:
         raise ValueError(f"got the table {name!r}; expected one of {', '.join(TABLES)}. Mend the marker.")
     file, render = TABLES[name]
+    if file is None:
+        return render({})
     results = ROOT / "benchmarks" / "results" / file
     if not results.exists():
         raise FileNotFoundError(
@@ -141,6 +145,42 @@ def digits(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)} {note}"
 
 
+def aot(result: dict[str, Any]) -> str:
+    """What ``benchmarks/aot.py`` wrote: a line per architecture and dtype."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["arch"], row["dtype"]), []).append(row)
+    rows = [
+        [
+            f"sm_{arch}",
+            dtype,
+            str(len(group)),
+            str(max(row["registers"] for row in group)),
+            str(max(row["stack_bytes"] for row in group)),
+            f"{max(row['shared_bytes'] for row in group) / 1024:.0f} of {group[0]['shared_limit'] // 1024}",
+            ", ".join(sorted({family for row in group for family in row["matrix"]})) or "fp32 units",
+            str(min(row["wide_loads"] for row in group if row["aligned"])),
+            f"{max(row['instructions'] for row in group):,}",
+        ]
+        for (arch, dtype), group in groups.items()
+    ]
+    for failure in result["not_compiled"]:
+        rows.append([f"sm_{failure['arch']}", failure["dtype"], f"not compiled: {failure['reason']}", *[""] * 6])
+    head = ["GPU", "rows", "kernels", "registers", "bytes spilled", "KiB shared", "products", "wide loads"]
+    head.append("instructions")
+    versions = result["versions"]
+    return (
+        f"{markdown(head, rows)}\n\n`{result['command']}`, torch {versions['torch']}, triton {versions['triton']}, "
+        f"{result['date']}, commit {result['commit']}. The largest of the kernels of a line; of wide loads (16 bytes "
+        "per thread, or a bulk copy) the fewest, where D is a multiple of 8."
+    )
+
+
+def verified(_: dict[str, Any]) -> str:
+    """What ``benchmarks/ledger.py`` finds in all results."""
+    return markdown(["kernel", "state"], [[f"`{row['kernel']}`", ledger.sentence(row)] for row in ledger.status(ROOT)])
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; figures stand right."""
     align = ["---:" if all(not row[i] or row[i][0].isdigit() for row in rows) else "---" for i in range(len(head))]
@@ -163,10 +203,12 @@ def _spread(value: dict[str, float]) -> str:
     return f"{value['mean']:.1f} ± {value['std']:.1f}"
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
     "digits": ("digits.json", digits),
     "native-cpu": ("native-cpu.json", native),
+    "aot": ("aot.json", aot),
+    "ledger": (None, verified),
 }
 
 if __name__ == "__main__":

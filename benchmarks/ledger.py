@@ -1,0 +1,111 @@
+"""Which GPU kernels were verified on a GPU, on which, and when.
+
+    python -m benchmarks.ledger            prints the table
+    python -m benchmarks.ledger --check    exits with 1 where a kernel was not, or has changed since
+
+A kernel is known by the hash of its syntax tree, with every function, class and constant of its module that it or its
+launch reaches: a comment, a docstring or a line break does not age it, a change in a helper or a launch configuration
+does. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["fastcl/backends/triton.py"]
+LAUNCH = "_launch"
+
+
+def kernel_hashes(source: str) -> dict[str, str]:
+    """Name of every kernel of a module (``@triton.jit``, named ``..._kernel``) and the hash of what it runs."""
+    defined: dict[str, ast.stmt] = {}
+    kernels = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+            if node.name.endswith("_kernel") and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
+                kernels.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    defined[target.id] = node
+    return {kernel: _hash([kernel, LAUNCH], defined) for kernel in kernels}
+
+
+def _hash(roots: list[str], defined: dict[str, ast.stmt]) -> str:
+    reached: dict[str, str] = {}
+    waiting = [name for name in roots if name in defined]
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        tree = _without_docstrings(defined[name])
+        reached[name] = ast.dump(tree)
+        waiting += [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in defined]
+    text = "\n".join(f"{name} {reached[name]}" for name in sorted(reached))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_docstrings(tree: ast.stmt) -> ast.stmt:
+    tree = ast.parse(ast.unparse(tree)).body[0]  # a copy, without line numbers and comments
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def status(root: Path = ROOT) -> list[dict[str, Any]]:
+    """For every kernel: ``kernel``, ``hash``, ``state`` (current, stale, never), ``gpu``, ``date``, ``commit``."""
+    records = []
+    for file in sorted((root / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if "kernels" in result:
+            records.append(result)
+    records.sort(key=lambda record: record["date"])
+    rows = []
+    for source in SOURCES:
+        for kernel, digest in kernel_hashes((root / source).read_text(encoding="utf-8")).items():
+            verified = [r for r in records if r["kernels"].get(kernel, {}).get("verified")]
+            same = [r for r in verified if r["kernels"][kernel]["hash"] == digest]
+            last: dict[str, Any] = (same or verified or [{}])[-1]
+            rows.append(
+                {
+                    "kernel": kernel,
+                    "hash": digest,
+                    "state": "current" if same else "stale" if verified else "never",
+                    "gpu": last.get("machine", {}).get("gpu"),
+                    "date": last.get("date"),
+                    "commit": last.get("commit"),
+                }
+            )
+    return rows
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """The state of a kernel in words."""
+    if row["state"] == "never":
+        return "not yet run on a GPU"
+    at = f"verified on {row['gpu']}, {row['date']}, commit {row['commit']}"
+    return at if row["state"] == "current" else f"{at}, but its source has changed since"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a line per kernel; 1 if a check finds one that is not verified as it stands."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless all are verified as they stand")
+    check = parser.parse_args(argv).check
+    rows = status()
+    for row in rows:
+        print(f"{row['kernel']} {row['hash']}: {sentence(row)}")
+    return 1 if check and any(row["state"] != "current" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
