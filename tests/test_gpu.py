@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastcl
-from fastcl import functional, pairwise
+from fastcl import functional, pairwise, reference
 from fastcl.backends import triton
 from fastcl.testing import CASES, LossCase
 
-from .oracle import TOLERANCE, assert_close, check_case
+from .oracle import TOLERANCE, assert_close, check_case, error, exact, loss_and_grads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda"
@@ -52,24 +52,36 @@ def test_every_loss_against_fp64(case: LossCase, dtype: torch.dtype, shape: tupl
     check_case(case, args, kwargs)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_torch(case: LossCase, dtype: torch.dtype) -> None:
+    """Against the dense loss that torch computes in that dtype, or one rounding to it where torch is exact."""
+    args, kwargs = case.inputs(256, 64, dtype=dtype, device=DEVICE)
+    want, want_grads = exact(case, args, kwargs)
+    dense, dense_grads = loss_and_grads(getattr(reference, case.name), args, kwargs)
+    fused, fused_grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    assert error(fused, want) <= error(dense, want)
+    for f, d, w in zip(fused_grads, dense_grads, want_grads, strict=True):
+        assert error(f, w) <= max(error(d, w), torch.finfo(dtype).eps / 2)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0])
 def test_any_temperature(temperature: float) -> None:
     case = CASES[0]
     args, _ = case.inputs(300, 64, device=DEVICE, temperature=temperature)
     with fastcl.use_backend("chunked"):
-        exact = [t.detach().double().requires_grad_() for t in args]
-        want = functional.nt_xent(*exact, temperature=temperature)
+        want = functional.nt_xent(*(t.detach().double() for t in args), temperature=temperature)
     got = functional.nt_xent(*args, temperature=temperature)
     assert_close(got, want, 1e-6 + 4 * 1.2e-7 / temperature)
 
 
 def test_tf32_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     z = rows(512, 128)
-    _, exact = step(z)
+    _, ieee = step(z)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     _, got = step(z)
-    assert not torch.equal(got, exact)
-    assert_close(got, exact, 1e-2)
+    assert not torch.equal(got, ieee)
+    assert_close(got, ieee, 1e-2)
 
 
 def test_past_2_to_the_31() -> None:
@@ -225,9 +237,9 @@ def test_tensors_of_a_device_that_is_not_current() -> None:
 def test_autocast_and_grad_scaler(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
     z = rows(256, 64, dtype)
     rounded = z.detach().to(autocast or dtype)
-    exact = rounded.double().requires_grad_()
+    wide = rounded.double().requires_grad_()
     with fastcl.use_backend("chunked"):
-        want = torch.autograd.grad(functional.nt_xent(exact, temperature=0.1), exact)[0]
+        want = torch.autograd.grad(functional.nt_xent(wide, temperature=0.1), wide)[0]
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     with torch.autocast("cuda", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         loss = functional.nt_xent(z, temperature=0.1)
