@@ -40,8 +40,9 @@ def step(z: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, z)[0]
 
 
-def test_the_kernels_pass_their_check() -> None:
-    assert triton._failed_check(torch.device(DEVICE, 0)) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernels_pass_their_check(dtype: torch.dtype) -> None:
+    assert triton._failed_check(torch.device(DEVICE, 0), dtype) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))

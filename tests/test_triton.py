@@ -15,8 +15,9 @@ def forget_earlier_checks() -> None:
     triton._failed_check.cache_clear()
 
 
-def test_the_kernels_pass_their_check() -> None:
-    assert triton._failed_check(torch.device(DEVICE)) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernels_pass_their_check(dtype: torch.dtype) -> None:
+    assert triton._failed_check(torch.device(DEVICE), dtype) is None
 
 
 @pytest.mark.parametrize("fault", [0.999, float("nan")])

@@ -49,7 +49,7 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return f"needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16 rows, got {x.dtype}"
-    return None if INTERPRETED else _failed_check(x.device)
+    return None if INTERPRETED else _failed_check(x.device, x.dtype)
 
 
 def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -115,9 +115,10 @@ def _precision(x: Tensor) -> str:
 
     Triton has no matrix instructions for GPUs before Ampere, and its interpreter multiplies the bit patterns of bf16.
     """
+    has_matrix_units = not INTERPRETED and capability(x.device) >= (8, 0)
     if x.dtype == torch.float32:
-        return "tf32" if tf32_is_allowed() else "ieee"
-    return "upcast" if INTERPRETED or capability(x.device) < (8, 0) else "tf32"
+        return "tf32" if has_matrix_units and tf32_is_allowed() else "ieee"
+    return "tf32" if has_matrix_units else "upcast"
 
 
 def _config(x: Tensor) -> Config:
@@ -132,8 +133,8 @@ def _config(x: Tensor) -> Config:
 
 
 @lru_cache(maxsize=None)
-def _failed_check(device: torch.device) -> str | None:
-    """A small numeric check of the kernels, once per device and process, before they become its default."""
+def _failed_check(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """A small numeric check of the kernels, once per device, dtype and process, before they become its default."""
     from . import chunked
 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -142,10 +143,10 @@ def _failed_check(device: torch.device) -> str | None:
             "first, in which they are checked. Run the loss once before capturing."
         )
     generator = torch.Generator().manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(75, 40, generator=generator), dim=1).to(device)
+    z = torch.nn.functional.normalize(torch.randn(75, 40, generator=generator), dim=1).to(device, dtype)
     keys = torch.arange(75, device=device) // 2
     pairs = Pairs(z, z, torch.tensor(10.0, device=device), drop_x=keys, drop_y=keys, symmetric=True)
-    tolerance = 5e-3 if tf32_is_allowed() else 1e-5
+    tolerance = 5e-3 if dtype != torch.float32 or tf32_is_allowed() else 1e-5
     try:
         for link in ("exp", "softplus"):
             row, _ = reduce(link, pairs, False, True)
