@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 # Shared memory a block may have, in bytes: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MATRIX = {  # machine instructions that multiply matrices, by the name of their family in PTX
@@ -61,7 +62,7 @@ class Compiled:
 
 
 def compile_all(arch: int, dtype: str) -> list[Compiled]:
-    """Every kernel that fastcl launches with rows of this dtype on this architecture. In a process of its own."""
+    """Every kernel that fastcl launches with rows of this dtype on this architecture. Changes Triton for good."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -218,9 +219,8 @@ def compile_everything(
 ) -> tuple[list[Compiled], list[dict[str, Any]]]:
     """All kernels, and what could not be compiled, with the compiler's reason: arch, dtype, reason."""
     jobs = [(arch, dtype) for arch in archs for dtype in dtypes if not (arch < 80 and dtype == "tf32")]
-    # a process per job: Triton's driver and what it compiled belong to one architecture
-    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        results = pool.map(_job, jobs, chunksize=1)
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(_in_a_process, jobs))
     rows = [row for result in results if isinstance(result, list) for row in result]
     failed = [
         {"arch": arch, "dtype": dtype, "reason": result}
@@ -230,16 +230,16 @@ def compile_everything(
     return rows, failed
 
 
-def _job(job: tuple[int, str]) -> list[Compiled] | str:
-    os.environ.pop("TRITON_INTERPRET", None)  # a test run sets it
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        return compile_all(*job)
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        return f"{type(cause).__name__}: {cause}"
+def _in_a_process(job: tuple[int, str]) -> list[Compiled] | str:
+    """Of its own: Triton's driver and what it compiled belong to one architecture, and its compiler may abort."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # tests set it
+    command = [sys.executable, "-m", "benchmarks.aot", "--one", *map(str, job)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return [Compiled(**row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 def main() -> int:
@@ -249,7 +249,11 @@ def main() -> int:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json")
+    parser.add_argument("--one", nargs=2, metavar=("ARCH", "DTYPE"), help="compile here, and print the rows as JSON")
     args = parser.parse_args()
+    if args.one:
+        print(json.dumps([asdict(row) for row in compile_all(int(args.one[0]), args.one[1])]))
+        return 0
     rows, failed = compile_everything(map(int, args.archs.split(",")), args.dtypes.split(","), args.workers)
     for key in dict.fromkeys((row.arch, row.dtype) for row in rows):
         group = [row for row in rows if (row.arch, row.dtype) == key]
