@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import aot
 
+pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton and its assembler come for Linux only")
 
 
