@@ -35,7 +35,8 @@ _CONFIGS = {
     "fp32 units, 16 bits": Config(32, 64, 32, 64, 8, 1),  # 16 bytes per thread and load
     "mma.sync, 16 bits": Config(64, 64, 32, 64, 8, 2),
     "mma.sync, TF32": Config(64, 32, 32, 64, 8, 2),
-    "wgmma or tcgen05": Config(64, 64, 64, 64, 8, 2),
+    "wgmma": Config(64, 32, 64, 64, 4, 2),  # of 8 warps and 64 rows the compiler of Triton 3.2 aborts
+    "tcgen05": Config(64, 64, 64, 64, 8, 2),
     "interpreter": Config(16, 32, 32, 32, 1, 1),
 }
 # Left alone, the assembler aims at more blocks per processor, and pays with registers that spill.
@@ -127,9 +128,8 @@ def _config(x: Tensor) -> Config:
         return _CONFIGS["interpreter"]
     if _precision(x) in ("ieee", "upcast"):
         return _CONFIGS["fp32 units" if x.dtype == torch.float32 else "fp32 units, 16 bits"]
-    if capability(x.device)[0] in (9, 10):
-        return _CONFIGS["wgmma or tcgen05"]
-    return _CONFIGS["mma.sync, TF32" if x.dtype == torch.float32 else "mma.sync, 16 bits"]
+    by_mma = "mma.sync, TF32" if x.dtype == torch.float32 else "mma.sync, 16 bits"
+    return _CONFIGS[{9: "wgmma", 10: "tcgen05"}.get(capability(x.device)[0], by_mma)]
 
 
 @lru_cache(maxsize=None)
