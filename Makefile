@@ -22,7 +22,7 @@ MINUTES ?= 8
 gpu: gpu-test gpu-bench  ## everything that only a CUDA device can show
 
 gpu-test:  ## numerics, determinism, streams, graphs; then the kernels under compute-sanitizer, where it works
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py tests/test_functional.py::test_low_precision_is_no_worse_than_torch
 	@if command -v compute-sanitizer > /dev/null; then \
 		for tool in memcheck racecheck initcheck; do \
 			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.sanitized || exit 1; \

@@ -5,7 +5,7 @@
 The losses of ``fastcl.testing.CASES`` and a call with every mask and bias run as they would on a GPU, on CPU tensors,
 with Triton told to compile for one architecture after another and to launch nothing. So every kernel is compiled with
 its real launch arguments, alignments and options. Triton keeps what it compiled by the hash of source and options
-(``TRITON_CACHE_DIR``): a second run takes seconds.
+(``TRITON_CACHE_DIR``): a second run only disassembles.
 
 Each row is one compiled kernel: registers per thread, bytes of stack (what did not fit into registers: a spill), shared
 memory of a block against what the architecture has, and counts of instructions in the machine code.

@@ -39,6 +39,15 @@ def kernel_hashes(source: str) -> dict[str, str]:
     return {kernel: _hash([kernel, LAUNCH], defined) for kernel in kernels}
 
 
+def hashes(root: Path = ROOT) -> dict[str, str]:
+    """Those of all kernels of a checkout."""
+    return {
+        kernel: digest
+        for source in SOURCES
+        for kernel, digest in kernel_hashes((root / source).read_text(encoding="utf-8")).items()
+    }
+
+
 def _hash(roots: list[str], defined: dict[str, ast.stmt]) -> str:
     reached: dict[str, str] = {}
     waiting = [name for name in roots if name in defined]
@@ -70,21 +79,20 @@ def status(root: Path = ROOT) -> list[dict[str, Any]]:
             records.append(result)
     records.sort(key=lambda record: record["date"])
     rows = []
-    for source in SOURCES:
-        for kernel, digest in kernel_hashes((root / source).read_text(encoding="utf-8")).items():
-            verified = [r for r in records if r["kernels"].get(kernel, {}).get("verified")]
-            same = [r for r in verified if r["kernels"][kernel]["hash"] == digest]
-            last: dict[str, Any] = (same or verified or [{}])[-1]
-            rows.append(
-                {
-                    "kernel": kernel,
-                    "hash": digest,
-                    "state": "current" if same else "stale" if verified else "never",
-                    "gpu": last.get("machine", {}).get("gpu"),
-                    "date": last.get("date"),
-                    "commit": last.get("commit"),
-                }
-            )
+    for kernel, digest in hashes(root).items():
+        verified = [r for r in records if r["kernels"].get(kernel, {}).get("verified")]
+        same = [r for r in verified if r["kernels"][kernel]["hash"] == digest]
+        last: dict[str, Any] = (same or verified or [{}])[-1]
+        rows.append(
+            {
+                "kernel": kernel,
+                "hash": digest,
+                "state": "current" if same else "stale" if verified else "never",
+                "gpu": last.get("machine", {}).get("gpu"),
+                "date": last.get("date"),
+                "commit": last.get("commit"),
+            }
+        )
     return rows
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastcl
-from fastcl import functional, pairwise, reference
+from fastcl import functional, pairwise
 from fastcl.backends import triton
 from fastcl.testing import CASES, LossCase
 
-from .oracle import TOLERANCE, assert_close, check_case, error, exact, loss_and_grads
+from .oracle import TOLERANCE, assert_close, check_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda"
@@ -40,30 +40,12 @@ def step(z: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, z)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_kernels_pass_their_check(dtype: torch.dtype) -> None:
-    assert triton._failed_check(torch.device(DEVICE, 0), dtype) is None
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
 @pytest.mark.parametrize("dtype", TOLERANCE.keys() - {torch.float64}, ids=str)
 @pytest.mark.parametrize("shape", [(301, 37), (512, 128), (260, 520)], ids=str)
 def test_every_loss_against_fp64(case: LossCase, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     args, kwargs = case.inputs(*shape, dtype=dtype, device=DEVICE)
     check_case(case, args, kwargs)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_torch(case: LossCase, dtype: torch.dtype) -> None:
-    """Against the dense loss that torch computes in that dtype, or one rounding to it where torch is exact."""
-    args, kwargs = case.inputs(256, 64, dtype=dtype, device=DEVICE)
-    want, want_grads = exact(case, args, kwargs)
-    dense, dense_grads = loss_and_grads(getattr(reference, case.name), args, kwargs)
-    fused, fused_grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
-    assert error(fused, want) <= error(dense, want)
-    for f, d, w in zip(fused_grads, dense_grads, want_grads, strict=True):
-        assert error(f, w) <= max(error(d, w), torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 10.0])
@@ -110,20 +92,6 @@ def test_offsets_past_2_to_the_31() -> None:
         assert_close(pairwise.pair_logsumexp(part, y, scale=10.0), want, 1e-5)
     whole = pairwise.pair_logsumexp(y, x[-(2**21) :], scale=1e-3)
     assert whole.isfinite().all()
-
-
-def test_guard_bands_and_canaries() -> None:
-    def guarded(t: Tensor) -> Tensor:
-        flat = torch.full((t.numel() + 2 * 4096,), float("nan"), device=DEVICE, dtype=t.dtype)
-        flat[4096:-4096] = t.flatten()
-        return flat[4096:-4096].view(t.shape)
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        plain = [rows(101, 37, dtype, seed=s).detach() for s in (0, 1)]
-        q, k = (guarded(t).requires_grad_() for t in plain)
-        row, col = pairwise.pair_logsumexp(q, k, scale=5.0, both=True)
-        grads = torch.autograd.grad(row.sum() + col.sum(), (q, k))
-        assert all(t.isfinite().all() for t in (row, col, *grads))
 
 
 def test_same_bits_beside_a_noisy_stream() -> None:
@@ -177,24 +145,28 @@ def test_a_cuda_graph_replays_on_new_data() -> None:
 
 
 def test_eight_threads_on_cold_caches() -> None:
-    wanted = {n: step(rows(n, 48)) for n in (64, 100)}
+    """Sizes that nothing else here uses: the threads themselves compile the kernels and make the numeric check."""
+    sizes = (67, 103)
     triton._failed_check.cache_clear()
-    wrong: list[str] = []
+    results: list[tuple[int, tuple[Tensor, Tensor]]] = []
 
     def work(n: int) -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            got = step(rows(n, 48))
+            result = step(rows(n, 51))
         stream.synchronize()
-        if not all(torch.equal(a, b) for a, b in zip(got, wanted[n], strict=True)):
-            wrong.append(str(n))
+        results.append((n, result))
 
-    threads = [threading.Thread(target=work, args=((64, 100)[i % 2],)) for i in range(8)]
+    threads = [threading.Thread(target=work, args=(sizes[i % 2],)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(results) == 8  # a thread that raised has none
+    wanted = {n: step(rows(n, 51)) for n in sizes}
+    for n, result in results:
+        for got, want in zip(result, wanted[n], strict=True):
+            assert torch.equal(got, want)
 
 
 def test_processes_on_one_cold_cache(tmp_path: object) -> None:
@@ -205,7 +177,7 @@ def test_processes_on_one_cold_cache(tmp_path: object) -> None:
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     started = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) for _ in range(8)
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) for _ in range(16)
     ]
     for process in started:
         _, errors = process.communicate(timeout=300)
