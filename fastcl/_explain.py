@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, pairwise
-from .backends import Pairs, choose
+from .backends import choose
 
+_OPS = {"pair_reduce_grad": "grad", "contrastive_grad": "contrastive"}  # of operators named otherwise
 _SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1}
 
 
@@ -38,15 +39,16 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     if isinstance(loss, str):
         loss, kwargs = _named(loss, kwargs)
-    calls: dict[tuple[Any, ...], tuple[str, Pairs]] = {}
+    calls: dict[tuple[Any, ...], tuple[str, str, Tensor, int]] = {}
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "fastcl" and "pair_" in func._schema.name:
-                name = func._schema.name.removeprefix("fastcl::")
-                start = 0 if name == "pair_topk" else 1  # after `link`
-                pairs = Pairs(*args[start : start + len(Pairs._fields)])
-                calls.setdefault((name, pairs.x.shape, pairs.y.shape, pairs.x.dtype), (name, pairs))
+            name = func._schema.name.removeprefix("fastcl::")
+            if func.namespace == "fastcl" and name.startswith(("pair_", "contrastive")):
+                x, y = args[1:3] if isinstance(args[0], str) else args[:2]  # after `link`
+                n = len(x if y is None else y)
+                op = "argmax" if name == "pair_topk" and args[-2] == 1 else _OPS.get(name, name.removeprefix("pair_"))
+                calls.setdefault((name, x.shape, n, x.dtype), (name, op, x, n))
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Recorder():
@@ -78,10 +80,9 @@ def _named(name: str, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[
     return function, {**needed, **kwargs}
 
 
-def _describe(name: str, pairs: Pairs) -> str:
-    op = "grad" if name == "pair_reduce_grad" else name.removeprefix("pair_")
-    (m, d), n = pairs.x.shape, pairs.y.shape[0]
-    dtype = str(pairs.x.dtype).removeprefix("torch.")
-    chosen, error, others = choose(op, pairs.x)
-    head = f"{name} ({m} x {n} x {d}, {dtype} on {pairs.x.device}): {chosen or f'none ({error})'}"
+def _describe(name: str, op: str, x: Tensor, n: int) -> str:
+    m, d = x.shape
+    dtype = str(x.dtype).removeprefix("torch.")
+    chosen, error, others = choose(op, x)
+    head = f"{name} ({m} x {n} x {d}, {dtype} on {x.device}): {chosen or f'none ({error})'}"
     return "\n".join([head, *(f"  not {other}: {reason}" for other, reason in others.items())])

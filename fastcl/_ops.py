@@ -13,12 +13,19 @@
     pair_reduce  -> row (M,), and with `both` the same over columns, col (N,); `keep`: pair_grad will follow
     pair_grad    -> dx_i = sum_j w_ij y_j (M, D)    dy_j = sum_i w_ij x_i (N, D)
                     row_sum_i = sum_j w_ij (M,)     col_sum_j = sum_i w_ij (N,)
-    pair_reduce_grad -> row (M,), and dx, row_sum of pair_grad for row_grad = 1: where y is frozen, the gradient of
-                    row i is row_grad_i times what the forward knows. One operator, not two, because torch.compile
-                    moves an operator that only the backward needs there, past the writes of a queue into its y.
+    pair_reduce_grad -> row (M,), and dx, dy, row_sum of pair_grad for row_grad = 1. Where y is frozen, the gradient of
+                    row i is row_grad_i times what the forward knows; where only the sum of all rows is wanted, so is
+                    that of y. One operator, not two, because torch.compile moves an operator that only the backward
+                    needs there, past the writes of a queue into its y.
     l2_normalize -> unit_i = x_i / length_i (M, D) in the dtype of x, length (M,); where a row is shorter than a normal
                     number its length is +inf
     l2_normalize_grad -> dx_i = (grad_i - unit_i <unit_i, grad_i>) / length_i (M, D) in the dtype of x
+    contrastive  -> loss_a = -log sigmoid(p - n_a) of every anchor a, from rows x, y (B, D) that are made length 1 first
+                    if `normalize`, and what its gradient needs. Anchors are the rows of x, and with `both` then those
+                    of y; p is the logit of a row with its partner, n_a its log-sum-exp over the other rows. Without y,
+                    x is stacked (2B, D): rows i and i + B are partners, and every row is an anchor against all others.
+                    Only some backends have it; it equals the composition of the above.
+    contrastive_grad -> gradients of x, y, and dots whose sum is the gradient of the scale (twice it without y)
     pair_topk    -> the largest s_ij of every row, descending (M, K), and their j (M, K);
                     -inf and -1 where fewer pairs are kept
 
@@ -53,9 +60,19 @@ torch.library.define(
 )
 torch.library.define(
     "fastcl::pair_reduce_grad",
-    f"(str link, {_PAIRS}, bool want_dx, bool want_sums, str backend) -> (Tensor, Tensor, Tensor)",
+    f"(str link, {_PAIRS}, {_WANT}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("fastcl::pair_topk", f"({_PAIRS}, int topk, str backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "fastcl::contrastive",
+    "(Tensor x, Tensor? y, Tensor scale, ScalarType dtype, bool normalize, bool both, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastcl::contrastive_grad",
+    "(Tensor x, Tensor? y, Tensor scale, Tensor grad, Tensor z, Tensor length, Tensor positive, Tensor lse, "
+    "Tensor keys, Tensor ranges, bool want_x, bool want_y, str backend) -> (Tensor, Tensor, Tensor)",
+)
 torch.library.define("fastcl::l2_normalize", "(Tensor x, str backend) -> (Tensor, Tensor)")
 torch.library.define("fastcl::l2_normalize_grad", "(Tensor x, Tensor length, Tensor grad, str backend) -> Tensor")
 
@@ -75,31 +92,54 @@ def _grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("fastcl::pair_reduce_grad", "CompositeExplicitAutograd")
-def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, (want_dx, want_sums, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
+def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs, (*want, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
     kernels = select("grad", pairs.x, backend)
-    if hasattr(kernels, "reduce_grad") and (done := kernels.reduce_grad(link, pairs, want_dx, want_sums)) is not None:
+    if hasattr(kernels, "reduce_grad") and (done := kernels.reduce_grad(link, pairs, *want)) is not None:
         return done
     row, _ = kernels.reduce(link, pairs, False, True)
     unit = Sides(_empty_to_inf(row), torch.ones_like(row))
-    dx, _, row_sum, _ = kernels.grad(link, pairs, unit, want_dx, False, want_sums)
-    return row, dx, row_sum
+    want_dx, want_dy, want_sums = want
+    dx, dy, row_sum, _ = kernels.grad(link, pairs, unit, want_dx, want_dy, want_sums)
+    return row, dx, dy, row_sum
 
 
 @torch.library.impl("fastcl::pair_topk", "CompositeExplicitAutograd")
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     pairs, (topk, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
+    if topk == 1 and hasattr(kernels := select("argmax", pairs.x, backend), "argmax"):
+        return kernels.argmax(pairs)
     return select("topk", pairs.x, backend).topk(pairs, topk)
+
+
+@torch.library.impl("fastcl::contrastive", "CompositeExplicitAutograd")
+def _contrastive(
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, backend: str
+) -> tuple[Tensor, ...]:
+    return select("contrastive", x, backend).contrastive(x, y, scale, dtype, normalize, both)
+
+
+@torch.library.impl("fastcl::contrastive_grad", "CompositeExplicitAutograd")
+def _contrastive_grad(
+    x: Tensor, y: Tensor | None, scale: Tensor, grad: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *saved, want_x, want_y, backend = args
+    return select("contrastive", x, backend).contrastive_grad(x, y, scale, grad, saved, want_x, want_y)
+
+
+def fuses(x: Tensor, backend: str) -> bool:
+    """Whether the backend for rows like these has ``contrastive``."""
+    return hasattr(select("contrastive", x, backend), "contrastive")
 
 
 @torch.library.impl("fastcl::l2_normalize", "CompositeExplicitAutograd")
 def _l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return getattr(select("reduce", x, backend), "normalize", chunked.normalize)(x)
+    return getattr(select("normalize", x, backend), "normalize", chunked.normalize)(x)
 
 
 @torch.library.impl("fastcl::l2_normalize_grad", "CompositeExplicitAutograd")
 def _l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
-    return getattr(select("grad", x, backend), "normalize_grad", chunked.normalize_grad)(x, length, grad)
+    return getattr(select("normalize", x, backend), "normalize_grad", chunked.normalize_grad)(x, length, grad)
 
 
 def _empty_to_inf(lse: Tensor | None) -> Tensor | None:
@@ -129,16 +169,44 @@ def _fake_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Ten
 
 
 @torch.library.register_fake("fastcl::pair_reduce_grad")
-def _fake_reduce_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_dx, want_sums, _ = args[-3:]
+def _fake_reduce_grad(link: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    want_dx, want_dy, want_sums, _ = args[-4:]
     m = x.shape[0]
-    return _new(x, m), _new(x, *x.shape) if want_dx else _new(x, 0), _new(x, m if want_sums else 0)
+    return (
+        _new(x, m),
+        _new(x, *x.shape) if want_dx else _new(x, 0),
+        _new(y, *y.shape) if want_dy else _new(y, 0),
+        _new(x, m if want_sums else 0),
+    )
 
 
 @torch.library.register_fake("fastcl::pair_topk")
 def _fake_topk(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     topk = args[-2]
     return _new(x, x.shape[0], topk), x.new_empty((x.shape[0], topk), dtype=torch.long)
+
+
+@torch.library.register_fake("fastcl::contrastive")
+def _fake_contrastive(
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, backend: str
+) -> tuple[Tensor, ...]:
+    rows, d = x.shape[0] * (1 if y is None else 2), x.shape[1]
+    anchors = rows if y is None or both else x.shape[0]
+    keys = x.new_empty(rows, dtype=torch.int32)
+    return (
+        _new(x, anchors), x.new_empty((rows, d), dtype=dtype), _new(x, rows if normalize else 0), _new(x, rows),
+        _new(x, anchors), keys, keys.new_empty(-(-rows // 16), 2),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fastcl::contrastive_grad")
+def _fake_contrastive_grad(
+    x: Tensor, y: Tensor | None, scale: Tensor, grad: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    want_x, want_y, _ = args[-3:]
+    dx = x.new_empty(x.shape if want_x else (0,))
+    dy = x.new_empty(0) if y is None or not want_y else y.new_empty(y.shape)
+    return dx, dy, _new(x, x.shape[0] * (1 if y is None or not want_y else 2))
 
 
 @torch.library.register_fake("fastcl::l2_normalize")
@@ -152,19 +220,21 @@ def _fake_l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: st
 
 
 def l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """One operator on a CPU, where launching a dozen takes longer than they do; elsewhere torch.compile fuses them."""
-    if x.device.type == "cpu":
-        return torch.ops.fastcl.l2_normalize(x, backend)
-    return chunked.normalize(x)
+    """One operator where launching a dozen takes longer than they do; torch.compile fuses them on a GPU."""
+    if torch.compiler.is_compiling() and x.device.type != "cpu":
+        return chunked.normalize(x)
+    return torch.ops.fastcl.l2_normalize(x, backend)
 
 
 def l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
-    if x.device.type == "cpu":
-        return torch.ops.fastcl.l2_normalize_grad(x, length, grad, backend)
-    return chunked.normalize_grad(x, length, grad)
+    if torch.compiler.is_compiling() and x.device.type != "cpu":
+        return chunked.normalize_grad(x, length, grad)
+    return torch.ops.fastcl.l2_normalize_grad(x, length, grad, backend)
 
 
 pair_reduce = torch.ops.fastcl.pair_reduce.default
 pair_grad = torch.ops.fastcl.pair_grad.default
 pair_reduce_grad = torch.ops.fastcl.pair_reduce_grad.default
 pair_topk = torch.ops.fastcl.pair_topk.default
+contrastive = torch.ops.fastcl.contrastive.default
+contrastive_grad = torch.ops.fastcl.contrastive_grad.default

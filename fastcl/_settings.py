@@ -1,7 +1,10 @@
 """Environment variables that change how fastcl runs, read once, here and nowhere else.
 
 ``FASTCL_BACKEND``       force one backend for the whole process (as ``fastcl.use_backend`` does for a block)
+``FASTCL_CACHE_DIR``     folder of what ``fastcl tune`` found; the user's cache folder when unset
 ``FASTCL_CPU_ISA``       run the native kernels of a lower instruction set than the machine's best: avx2, baseline, ...
+``FASTCL_FP32``          how Triton kernels multiply fp32 rows: auto (in fp32, or TF32 where torch may) or bf16x3 (each
+                         number as the sum of two bf16 numbers: nearly fp32, on the matrix units)
 ``FASTCL_WORKSPACE_MB``  scratch memory a kernel may use beside its inputs and outputs, in MiB
 
 ``FASTCL_NATIVE`` and ``FASTCL_CXXFLAGS`` are read by setup.py.
@@ -12,8 +15,25 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from pathlib import Path
 
-KNOWN = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_CXXFLAGS", "FASTCL_NATIVE", "FASTCL_WORKSPACE_MB")
+KNOWN = (
+    "FASTCL_BACKEND",
+    "FASTCL_CACHE_DIR",
+    "FASTCL_CPU_ISA",
+    "FASTCL_CXXFLAGS",
+    "FASTCL_FP32",
+    "FASTCL_NATIVE",
+    "FASTCL_WORKSPACE_MB",
+)
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    text = os.environ.get(name) or choices[0]
+    if text in choices:
+        return text
+    warnings.warn(f"{name} is {text!r}; expected one of {', '.join(choices)}. {choices[0]} is used.", stacklevel=3)
+    return choices[0]
 
 
 def _workspace() -> int | None:
@@ -42,4 +62,12 @@ for _name in sorted(os.environ):
 
 backend: str = os.environ.get("FASTCL_BACKEND") or "auto"
 cpu_isa: str | None = os.environ.get("FASTCL_CPU_ISA") or None  # None: the best this machine has
+fp32: str = _choice("FASTCL_FP32", ("auto", "bf16x3"))
 workspace_bytes: int | None = _workspace()  # None: each backend's own default
+
+
+def cache_folder() -> Path:
+    """The user's own cache folder, which need not exist; asked for at the time of use, as nothing else needs it."""
+    if folder := os.environ.get("FASTCL_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcl"

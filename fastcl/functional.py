@@ -11,14 +11,17 @@ Arguments that all functions share:
 
 * ``temperature`` (or ``scale``, its inverse, and ``bias``): a number, or a 0-d tensor, which receives a gradient.
 * ``reduction``: ``"mean"`` (over the rows that count; 0 where there are none), ``"sum"``, or ``"none"``: one per row.
+* ``normalize``: make every row length 1 first, as :func:`fastcl.pairwise.l2_normalize` does.
 
-All return fp32 (fp64 for fp64 rows), and raise ``TypeError`` or ``ValueError`` for tensors that do not fit. Rows are
-assumed to have length 1: the modules in ``fastcl`` see to it, :func:`fastcl.pairwise.l2_normalize` does it by hand.
+All return fp32 (fp64 for fp64 rows), and raise ``TypeError`` or ``ValueError`` for tensors that do not fit. The losses
+are defined for rows of length 1; the modules in ``fastcl`` normalize by default, these functions do not.
 Two views are stacked as ``[view0; view1]``: row i and row i + B are two views of one image.
 ``fastcl.reference`` has the same functions, with the same arguments, on the full matrix.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +29,18 @@ from torch.nn.functional import logsigmoid
 
 from . import _checks
 from ._checks import Scalar
-from .pairwise import merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
+from .pairwise import (
+    contrastive,
+    l2_normalize,
+    merge_logsumexp,
+    pair_logsumexp,
+    pair_softplus_sum,
+    pair_softplus_total,
+    row_dot,
+)
 
 
-def nt_xent(z: Tensor, *, temperature: Scalar, reduction: str = "mean") -> Tensor:
+def nt_xent(z: Tensor, *, temperature: Scalar, reduction: str = "mean", normalize: bool = False) -> Tensor:
     r"""NT-Xent, SimCLR's loss (Chen et al. 2020, arXiv:2002.05709, eq. 1).
 
     :math:`L_i = -\log \frac{\exp(\langle z_i, z_{i'} \rangle / \tau)}
@@ -41,11 +52,15 @@ def nt_xent(z: Tensor, *, temperature: Scalar, reduction: str = "mean") -> Tenso
     Returns:
         A scalar, or ``(2B,)`` for ``reduction="none"``.
     """
-    positive, negatives = _two_views(z, temperature)
-    return _reduce(-logsigmoid(positive - negatives), reduction)
+    _checks.stacked(z)
+    loss = contrastive(z, scale=_inverse(temperature, z), normalize=normalize)
+    if loss is None:
+        positive, negatives = _two_views(_unit(z, normalize), temperature)
+        loss = -logsigmoid(positive - negatives)
+    return _reduce(loss, reduction)
 
 
-def dcl(z: Tensor, *, temperature: Scalar, reduction: str = "mean") -> Tensor:
+def dcl(z: Tensor, *, temperature: Scalar, reduction: str = "mean", normalize: bool = False) -> Tensor:
     r"""Decoupled contrastive loss (Yeh et al. 2022, arXiv:2110.06848, eq. 6): NT-Xent without its positive in the sum.
 
     :math:`L_i = -\langle z_i, z_{i'} \rangle / \tau + \log \sum_{j \ne i, i'} \exp(\langle z_i, z_j \rangle / \tau)`.
@@ -57,7 +72,7 @@ def dcl(z: Tensor, *, temperature: Scalar, reduction: str = "mean") -> Tensor:
     Returns:
         A scalar, or ``(2B,)`` for ``reduction="none"``.
     """
-    positive, negatives = _two_views(z, temperature)
+    positive, negatives = _two_views(_unit(z, normalize), temperature)
     counted = negatives != -torch.inf
     return _reduce(torch.where(counted, negatives - positive, 0), reduction, counted)
 
@@ -70,6 +85,7 @@ def info_nce(
     temperature: Scalar,
     extra_negatives: Tensor | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     r"""InfoNCE (van den Oord et al. 2018, arXiv:1807.03748, eq. 4); with a queue, MoCo's (arXiv:1911.05722, eq. 1).
 
@@ -87,17 +103,22 @@ def info_nce(
     """
     _checks.same_rows(q=q, k=k)
     scale = _inverse(temperature, q)
+    if negatives is None and extra_negatives is None:
+        loss = contrastive(q, k, scale=scale, normalize=normalize)
+        if loss is not None:
+            return _reduce(loss, reduction)
+    q, k = _unit(q, normalize), _unit(k, normalize)
     positive = row_dot(q, k) * scale
     if negatives is None:
         n = pair_logsumexp(q, k, scale=scale, drop=_arange(q))
     else:
-        n = pair_logsumexp(q, negatives, scale=scale)
+        n = pair_logsumexp(q, _unit(negatives, normalize), scale=scale)
     if extra_negatives is not None:
-        n = merge_logsumexp(n, pair_logsumexp(q, extra_negatives, scale=scale))
+        n = merge_logsumexp(n, pair_logsumexp(q, _unit(extra_negatives, normalize), scale=scale))
     return _reduce(-logsigmoid(positive - n), reduction)
 
 
-def clip(image: Tensor, text: Tensor, *, scale: Scalar, reduction: str = "mean") -> Tensor:
+def clip(image: Tensor, text: Tensor, *, scale: Scalar, reduction: str = "mean", normalize: bool = False) -> Tensor:
     r"""CLIP's loss (Radford et al. 2021, arXiv:2103.00020, fig. 3): InfoNCE from image to text and back, averaged.
 
     Args:
@@ -109,12 +130,18 @@ def clip(image: Tensor, text: Tensor, *, scale: Scalar, reduction: str = "mean")
     """
     _checks.same_rows(image=image, text=text)
     scale = _multiplier("scale", scale, image)
+    loss = contrastive(image, text, scale=scale, normalize=normalize, both=True)
+    if loss is not None:
+        return _reduce(loss.view(2, -1).mean(0), reduction)
+    image, text = _unit(image, normalize), _unit(text, normalize)
     positive = row_dot(image, text) * scale
     to_text, to_image = pair_logsumexp(image, text, scale=scale, drop=_arange(image), both=True)
     return _reduce(-0.5 * (logsigmoid(positive - to_text) + logsigmoid(positive - to_image)), reduction)
 
 
-def siglip(image: Tensor, text: Tensor, *, scale: Scalar, bias: Scalar, reduction: str = "mean") -> Tensor:
+def siglip(
+    image: Tensor, text: Tensor, *, scale: Scalar, bias: Scalar, reduction: str = "mean", normalize: bool = False
+) -> Tensor:
     r"""SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343, eq. 1): every pair is a binary problem of its own.
 
     :math:`L_i = -\log \sigma(s_{ii}) - \sum_{j \ne i} \log \sigma(-s_{ij})` with
@@ -130,12 +157,18 @@ def siglip(image: Tensor, text: Tensor, *, scale: Scalar, bias: Scalar, reductio
     """
     _checks.same_rows(image=image, text=text)
     scale, bias = _multiplier("scale", scale, image), _multiplier("bias", bias, image)
-    positive = row_dot(image, text) * scale + bias
-    negatives = pair_softplus_sum(image, text, scale=scale, row_bias=bias, drop=_arange(image))
-    return _reduce(negatives - logsigmoid(positive), reduction)
+    image, text = _unit(image, normalize), _unit(text, normalize)
+    positive = logsigmoid(row_dot(image, text) * scale + bias)
+    negatives: dict[str, Any] = {"scale": scale, "row_bias": bias, "drop": _arange(image)}
+    if reduction not in ("mean", "sum"):
+        return _reduce(pair_softplus_sum(image, text, **negatives) - positive, reduction)
+    loss = pair_softplus_total(image, text, **negatives) - positive.sum()
+    return loss / max(image.shape[0], 1) if reduction == "mean" else loss
 
 
-def supcon(z: Tensor, labels: Tensor, *, temperature: Scalar, reduction: str = "mean") -> Tensor:
+def supcon(
+    z: Tensor, labels: Tensor, *, temperature: Scalar, reduction: str = "mean", normalize: bool = False
+) -> Tensor:
     r"""Supervised contrastive loss, :math:`L^{sup}_{out}` (Khosla et al. 2020, arXiv:2004.11362, eq. 2).
 
     :math:`L_i = -\frac{1}{|P(i)|} \sum_{p \in P(i)} \log \frac{\exp(\langle z_i, z_p \rangle / \tau)}
@@ -151,6 +184,7 @@ def supcon(z: Tensor, labels: Tensor, *, temperature: Scalar, reduction: str = "
     """
     _checks.rows(z=z)
     _checks.vector("labels", labels, z.shape[0], z, integer=True)
+    z = _unit(z, normalize)
     scale = _inverse(temperature, z)
     others, count, first = _class_sums(z, labels)
     # The mean over positives of a linear function is a function of the class sum: no matrix is needed.
@@ -161,6 +195,10 @@ def supcon(z: Tensor, labels: Tensor, *, temperature: Scalar, reduction: str = "
     loss = torch.where(lone, -logsigmoid(positive - n), n - positive)
     counted = count > 1
     return _reduce(torch.where(counted, loss, 0), reduction, counted)
+
+
+def _unit(rows: Tensor, normalize: bool) -> Tensor:
+    return l2_normalize(rows) if normalize else rows
 
 
 def _two_views(z: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,10 @@ class _Loss(nn.Module):
         self.normalize = normalize
         self.reduction = reduction
 
-    def _unit(self, x: Tensor) -> Tensor:
-        return l2_normalize(x) if self.normalize else x
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What every formula in ``functional`` takes."""
+        return {"reduction": self.reduction, "normalize": self.normalize}
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, reduction={self.reduction!r}"
@@ -80,9 +82,9 @@ class _TwoViewLoss(_TemperatureLoss):
     def _stack(self, view0: Tensor, view1: Tensor | None) -> Tensor:
         if view1 is None:
             _checks.stacked(view0)
-            return self._unit(view0)
+            return view0
         _checks.same_rows(view0=view0, view1=view1)
-        return self._unit(torch.cat([view0, view1]))
+        return torch.cat([view0, view1])
 
 
 class NTXentLoss(_TwoViewLoss):
@@ -100,7 +102,7 @@ class NTXentLoss(_TwoViewLoss):
         super().__init__(temperature, **options)
 
     def forward(self, view0: Tensor, view1: Tensor | None = None) -> Tensor:
-        return F.nt_xent(self._stack(view0, view1), temperature=self.temperature, reduction=self.reduction)
+        return F.nt_xent(self._stack(view0, view1), temperature=self.temperature, **self._options)
 
 
 class DCLLoss(_TwoViewLoss):
@@ -111,7 +113,7 @@ class DCLLoss(_TwoViewLoss):
     """
 
     def forward(self, view0: Tensor, view1: Tensor | None = None) -> Tensor:
-        return F.dcl(self._stack(view0, view1), temperature=self.temperature, reduction=self.reduction)
+        return F.dcl(self._stack(view0, view1), temperature=self.temperature, **self._options)
 
 
 class InfoNCELoss(_TemperatureLoss):
@@ -129,12 +131,7 @@ class InfoNCELoss(_TemperatureLoss):
         self, query: Tensor, key: Tensor, negatives: Tensor | None = None, *, extra_negatives: Tensor | None = None
     ) -> Tensor:
         return F.info_nce(
-            self._unit(query),
-            self._unit(key),
-            None if negatives is None else self._unit(negatives),
-            temperature=self.temperature,
-            extra_negatives=None if extra_negatives is None else self._unit(extra_negatives),
-            reduction=self.reduction,
+            query, key, negatives, temperature=self.temperature, extra_negatives=extra_negatives, **self._options
         )
 
 
@@ -157,10 +154,8 @@ class MoCoLoss(_TemperatureLoss):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         _checks.same_rows(query=query, key=key)
-        key = self._unit(key.detach())
-        loss = F.info_nce(
-            self._unit(query), key, self.queue.features, temperature=self.temperature, reduction=self.reduction
-        )
+        query, key = (l2_normalize(t) if self.normalize else t for t in (query, key.detach()))  # the queue holds such
+        loss = F.info_nce(query, key, self.queue.features, temperature=self.temperature, reduction=self.reduction)
         if self.training:
             self.queue.enqueue(key)
         return loss
@@ -174,7 +169,7 @@ class CLIPLoss(_Loss):
     """
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Scalar) -> Tensor:
-        return F.clip(self._unit(image), self._unit(text), scale=logit_scale, reduction=self.reduction)
+        return F.clip(image, text, scale=logit_scale, **self._options)
 
 
 class SigLIPLoss(_Loss):
@@ -186,9 +181,7 @@ class SigLIPLoss(_Loss):
     """
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Scalar, logit_bias: Scalar) -> Tensor:
-        return F.siglip(
-            self._unit(image), self._unit(text), scale=logit_scale, bias=logit_bias, reduction=self.reduction
-        )
+        return F.siglip(image, text, scale=logit_scale, bias=logit_bias, **self._options)
 
 
 class SupConLoss(_TemperatureLoss):
@@ -204,4 +197,4 @@ class SupConLoss(_TemperatureLoss):
             _checks.vector("labels", labels, z.shape[0], z, integer=True)
             labels = labels.repeat_interleave(z.shape[1])
             z = z.flatten(0, 1)
-        return F.supcon(self._unit(z), labels, temperature=self.temperature, reduction=self.reduction)
+        return F.supcon(z, labels, temperature=self.temperature, **self._options)

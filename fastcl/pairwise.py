@@ -99,6 +99,74 @@ def pair_softplus_sum(
     return _reduce("softplus", q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
 
 
+def pair_softplus_total(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: Scalar,
+    row_bias: Scalar | None = None,
+    drop: Keys = None,
+    only: Keys = None,
+    ceiling: Tensor | None = None,
+) -> Tensor:
+    r"""Sum of the softplus of all kept logits, :math:`\sum_{ij \text{ kept}} \log(1 + e^{s_{ij}})`.
+
+    The sum of :func:`pair_softplus_sum`, for less: a weight does not depend on other pairs, so the gradients are
+    computed in the forward pass, over the same tiles, and the backward multiplies them by a number.
+
+    Arguments and errors are those of :func:`pair_softplus_sum`.
+
+    Returns:
+        A scalar; fp32, or fp64 for fp64 rows.
+    """
+    # Of two sets, even if they are one: then autograd adds both gradients.
+    pairs = _pairs(q, q if k is None else k, scale, row_bias, None, drop, only, ceiling, both=True)
+    dtype = _operand_dtype(pairs.x, pairs.y)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs):
+        return _apply(_SoftplusTotal, forced(), dtype, *pairs)
+    row, _ = _ops.pair_reduce("softplus", *_rounded(pairs, dtype), False, False, forced())
+    return row.sum()
+
+
+def contrastive(
+    q: Tensor, k: Tensor | None = None, *, scale: Scalar, normalize: bool = False, both: bool = False
+) -> Tensor | None:
+    r"""One fused operation for the losses of SimCLR, InfoNCE and CLIP, where the backend has one, else ``None``.
+
+    :math:`-\log \sigma(p_a - n_a)` for every anchor a, with the logit p of its partner and the log-sum-exp n of its
+    logits with all other rows; it equals the formulas in ``fastcl.functional``, in a few launches.
+
+    Args:
+        q: ``(B, D)`` anchors, row i the partner of row i of ``k``; without ``k`` two stacked views ``(2B, D)``, where
+            rows i and i + B are partners and every row is an anchor.
+        k: ``(B, D)``.
+        scale: inverse temperature: a number, or a 0-d tensor, which receives a gradient.
+        normalize: make rows length 1 first.
+        both: rows of ``k`` are anchors, too, against those of ``q``.
+
+    Returns:
+        Losses of the rows of ``q``, then (``both``) of those of ``k``; fp32. ``None`` where the backend of such rows does
+        not have the operation, and under ``torch.compile``, which fuses the formulas itself.
+
+    Raises:
+        TypeError, ValueError: rows or a scale that do not fit, as in :func:`pair_logsumexp`.
+    """
+    if k is None:
+        _checks.stacked(q)
+    else:
+        _checks.same_rows(q=q, k=k)
+    _check_scale(scale)
+    y = q if k is None else k
+    dtype = _operand_dtype(q, y)
+    if torch.compiler.is_compiling() or y.dtype != q.dtype or not len(q) or dtype == torch.float64:
+        return None
+    rows = q if q.dtype == dtype else q.new_empty((2, q.shape[1]), dtype=dtype)  # like those that will be multiplied
+    if not _ops.fuses(rows, forced()):
+        return None
+    scale = _as_tensor(scale, q).to(_compute_dtype(dtype))
+    return _apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)
+
+
 def merge_logsumexp(*parts: Tensor) -> Tensor:
     """Log-sum-exp of blocks of columns that were reduced one by one (batch, hard negatives, queue): each ``(M,)``.
 
@@ -294,7 +362,7 @@ class _ReduceFrozen(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
         pairs = _rounded(pairs, dtype)
         want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
-        row, dq, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, want_row_bias, backend)
+        row, dq, _, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, False, want_row_bias, backend)
         dscale = (pairs.x * dq).sum(1) if want_scale else None
         ctx.save_for_backward(dq.mul_(pairs.scale) if want_q else None, dscale, row_sum if want_row_bias else None)
         return row
@@ -312,6 +380,62 @@ class _ReduceFrozen(torch.autograd.Function):
             None if row_sum is None else (grad * row_sum).to(bias_dtype),
             *(None,) * (len(Pairs._fields) - 4),
         )  # fmt: skip
+
+
+class _SoftplusTotal(torch.autograd.Function):
+    """A sum over all pairs, whose gradients are known when it is: the backward multiplies them by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, dtype: torch.dtype, *args: Any) -> Tensor:
+        pairs = Pairs(*args)
+        ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
+        pairs = _rounded(pairs, dtype)
+        want_q, want_k, want_scale, want_row_bias = ctx.needs_input_grad[2:6]
+        row, dq, dk, row_sum = _ops.pair_reduce_grad(
+            "softplus", *pairs, want_q or want_scale, want_k, want_row_bias, backend
+        )
+        ctx.save_for_backward(
+            dq.mul(pairs.scale) if want_q else None,
+            dk.mul_(pairs.scale) if want_k else None,
+            (pairs.x * dq).sum() if want_scale else None,
+            row_sum if want_row_bias else None,
+        )
+        return row.sum()
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grads = (None if t is None else (grad * t).to(d) for t, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return None, None, *grads, *(None,) * (len(Pairs._fields) - 4)
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        scale: Tensor,
+        backend: str,
+        dtype: torch.dtype,
+        normalize: bool,
+        both: bool,
+    ) -> Tensor:
+        loss, *saved = _ops.contrastive(q, k, scale, dtype, normalize, both, backend)
+        ctx.backend = backend
+        ctx.save_for_backward(q, k, scale, *saved)
+        return loss
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, k, scale, *saved = ctx.saved_tensors
+        want_q, want_k, want_scale, *_ = ctx.needs_input_grad
+        dq, dk, dots = _ops.contrastive_grad(q, k, scale, grad, *saved, want_q or want_scale, want_k, ctx.backend)
+        dscale = None
+        if want_scale:  # in one set a pair counts for both of its rows; in two, dots of the second follow the first's
+            dscale = 0.5 * dots.sum() if k is None else dots[: len(q)].sum()
+        return dq if want_q else None, dk if want_k else None, dscale, None, None, None, None
 
 
 class _RowDot(torch.autograd.Function):
@@ -374,9 +498,7 @@ def _pairs(
     y = q if k is None else k
     _checks.rows(q=q, k=y)
     y = _distinct(y, q)
-    _checks.scalar("scale", scale)
-    if not isinstance(scale, Tensor) and scale == 0:
-        raise ValueError(sentence("scale = 0", "any other number", "A scale of 0 makes all logits equal."))
+    _check_scale(scale)
     if ceiling is not None:
         _checks.vector("ceiling", ceiling, q.shape[0], q)
     drop_x, drop_y = _keys("drop", drop, q, y)
@@ -395,6 +517,12 @@ def _pairs(
         row_ceiling=None if ceiling is None else ceiling.detach(),
         symmetric=(one_set and _is_shared(drop) and _is_shared(only) and ceiling is None and equal_biases and not both),
     )
+
+
+def _check_scale(scale: Scalar) -> None:
+    _checks.scalar("scale", scale)
+    if not isinstance(scale, Tensor) and scale == 0:
+        raise ValueError(sentence("scale = 0", "any other number", "A scale of 0 makes all logits equal."))
 
 
 def _keys(name: str, keys: Keys, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:

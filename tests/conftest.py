@@ -16,6 +16,28 @@ import fastcl
 from fastcl.backends import native
 
 torch.set_num_threads(1)
+
+
+def round_as_hardware_does() -> None:
+    """Triton's interpreter cuts the low bits of fp32 off where GPUs round to the nearest bf16."""
+    try:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:
+        return
+    cut = InterpreterBuilder.cast_impl
+
+    def rounded(self: object, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            bits = torch.from_numpy(np.array(source.data, np.float32)).to(torch.bfloat16).view(torch.int16)
+            return TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+        return cut(self, source, target)
+
+    InterpreterBuilder.cast_impl = rounded
+
+
+round_as_hardware_does()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -39,10 +39,23 @@ def test_opcheck(link: str, masked: bool, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("link", ["exp", "softplus"])
-@pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)])
-def test_opcheck_reduce_grad(link: str, want: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("want", [(True, True, True), (True, False, False), (False, True, True)])
+def test_opcheck_reduce_grad(link: str, want: tuple[bool, bool, bool]) -> None:
     torch.library.opcheck(_ops.pair_reduce_grad, (link, *pairs(True, False), *want, "auto"))
 
 
 def test_opcheck_topk() -> None:
     torch.library.opcheck(_ops.pair_topk, (*pairs(True, False), 3, "auto"))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_opcheck_contrastive(stacked: bool, normalize: bool) -> None:
+    x, y = torch.randn(6, 4), None if stacked else torch.randn(6, 4)
+    scale = torch.tensor(2.0)
+    for both in {False, not stacked}:
+        args = (x, y, scale, torch.float32, normalize, both, "triton")
+        torch.library.opcheck(_ops.contrastive, args)
+        loss, *saved = _ops.contrastive(*args)
+        for want in [(True, not stacked), (True, False)]:
+            torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, *want, "triton"))

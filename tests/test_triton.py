@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from fastcl import pairwise, use_backend
-from fastcl.backends import Pairs, Sides, triton
+import fastcl
+from fastcl import _settings, functional, pairwise, use_backend
+from fastcl.backends import Pairs, Sides, chunked, triton
 
 from .conftest import DEVICE
 from .oracle import assert_close
@@ -15,6 +17,18 @@ def forget_earlier_checks() -> None:
     triton._failed_check.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel reads before it was written is NaN."""
+
+    def new_empty(self: torch.Tensor, *shape: object, dtype: torch.dtype | None = None, **options: object) -> object:
+        made = empty(self, *shape, dtype=dtype, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-(2**31))
+
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernels_pass_their_check(dtype: torch.dtype) -> None:
     assert triton._failed_check(torch.device(DEVICE), dtype) is None
@@ -22,8 +36,8 @@ def test_the_kernels_pass_their_check(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fault", [0.999, float("nan")])
 def test_a_wrong_kernel_fails_the_check(fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton._grad_rows
-    monkeypatch.setattr(triton, "_grad_rows", lambda *args: tuple(fault * t for t in right(*args)))
+    right = triton._row_owned
+    monkeypatch.setattr(triton, "_row_owned", lambda *args: triton._Grads(*(fault * t for t in right(*args))))
     reason = triton._failed_check(torch.device(DEVICE))
     assert reason is not None
     assert "failed its numeric check" in reason
@@ -45,7 +59,7 @@ def test_softplus_sums_keep_digits_over_the_whole_range() -> None:
     row, _ = triton.reduce("softplus", pairs, False, False)
     want = torch.logaddexp(logits.double(), torch.zeros((), dtype=torch.float64, device=DEVICE))
     for got, exact in zip(row, want, strict=True):
-        assert_close(got, exact, 1e-6)
+        assert_close(got, exact, 1e-6 + 6e-8 * float(exact.log().abs()))  # a rounded exponent is off by as much
 
 
 LINKS = {"exp": pairwise.pair_logsumexp, "softplus": pairwise.pair_softplus_sum}
@@ -55,10 +69,15 @@ LINKS = {"exp": pairwise.pair_logsumexp, "softplus": pairwise.pair_softplus_sum}
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("mask", ["nothing", "drop", "everything"])
 @pytest.mark.parametrize("sides", ["one set", "rows", "both"])
-def test_every_variant(dtype: torch.dtype, link: str, mask: str, sides: str) -> None:
+@pytest.mark.parametrize("way", ["whole rows", "slices", "strips"])
+def test_every_variant(
+    dtype: torch.dtype, link: str, mask: str, sides: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every kernel with every combination of arguments it is compiled for, ragged in rows, columns and depth."""
     generator = torch.Generator().manual_seed(0)
-    m, n, d = 37, 37 if sides == "one set" else 45, 35
+    m, n, d = 37, 37 if sides == "one set" else 45, 29 if way == "whole rows" else 35
+    monkeypatch.setattr(triton, "_STRIPS_FROM", 1 if way == "strips" else 10**9)
+    monkeypatch.setattr(_settings, "workspace_bytes", 1)  # strips as low as can be: there are several
     x, y = (torch.nn.functional.normalize(torch.randn(r, d, generator=generator), dim=1) for r in (m, n))
     vectors = [torch.randn(r, generator=generator) for r in (m, n)]
     keys = [torch.randint(5, (r,), generator=generator) for r in (m, n)]
@@ -134,3 +153,255 @@ def test_guard_bands(dtype: torch.dtype) -> None:
         row, col = pairwise.pair_logsumexp(q, k, scale=0.5, row_bias=bias, both=True)
         grads = torch.autograd.grad(row.sum() + col.sum(), (q, k))
     assert all(t.isfinite().all() for t in (row, col, *grads))
+
+
+def unit(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return normalize(rows, dim=1).to(DEVICE, dtype)
+
+
+DTYPES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.mark.parametrize("spans", [32, 3])
+@pytest.mark.parametrize("d", [32, 40])
+@each_dtype
+def test_one_set_of_many_tiles(dtype: torch.dtype, d: int, spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of one and of several tiles on either side, each visited once; most tiles meet no mask."""
+    monkeypatch.setattr(triton, "_SPANS", spans)
+    z = unit(1100 if DEVICE == "cuda" else 230, d, dtype)
+    keys = torch.arange(len(z), device=DEVICE) % (len(z) // 2)
+    pairs = Pairs(z, z, torch.tensor(10.0, device=DEVICE), drop_x=keys, drop_y=keys, symmetric=True)
+    exact = Pairs(z.double(), z.double(), pairs.scale.double(), drop_x=keys, drop_y=keys, symmetric=True)
+    for link in LINKS:
+        (row, _), (want, _) = triton.reduce(link, pairs, False, True), chunked.reduce(link, exact, False, True)
+        assert_close(row, want, 1e-6)
+        g = torch.linspace(1, 2, len(z), device=DEVICE)
+        sides = Sides(want.float(), g, want.float(), g)
+        dx, *_ = triton.grad(link, pairs, sides, True, False, False)
+        wide = Sides(*(t.double() for t in (want, g, want, g)))
+        assert_close(dx, chunked.grad(link, exact, wide, True, False, False)[0], DTYPES[dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("masked", [False, True])
+def test_frozen_columns_in_one_pass(dtype: torch.dtype, masked: bool) -> None:
+    """Result and gradient in the forward; several splits of the columns, and a row that keeps no pair."""
+    q, k = unit(19, 24, dtype), unit(300, 24, dtype, 1)
+    keys = (torch.arange(19, device=DEVICE) % 7, torch.arange(300, device=DEVICE) % 7)
+    keys[0][3] = 99
+    pairs = Pairs(q, k, torch.tensor(12.0, device=DEVICE))
+    if masked:
+        pairs = pairs._replace(
+            row_bias=torch.linspace(-1, 1, 19, device=DEVICE), only_x=keys[0], only_y=keys[1], drop_x=keys[0],
+            drop_y=torch.arange(300, device=DEVICE) % 3, row_ceiling=torch.full((19,), 9.0, device=DEVICE),
+        )  # fmt: skip
+    exact = Pairs(*(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in pairs))
+    got = triton.reduce_grad("exp", pairs, True, False, True)
+    # on a GPU the products of fp32 rows want smaller tiles than one pass can hold
+    assert (got is None) == (dtype == torch.float32 and DEVICE == "cuda")
+    if got is None:
+        return
+    want, _ = chunked.reduce("exp", exact, False, True)
+    assert (want == -torch.inf).any() == masked
+    lse = want.masked_fill(want == -torch.inf, torch.inf)
+    want_dx, _, want_sum, _ = chunked.grad("exp", exact, Sides(lse, torch.ones_like(lse)), True, False, True)
+    for g, w, tolerance in zip(got, (want, want_dx, got[2], want_sum), (1e-6, DTYPES[dtype], 0, 1e-6), strict=True):
+        assert_close(g, w, tolerance)
+
+
+@each_dtype
+@pytest.mark.parametrize("strips", [False, True])
+def test_softplus_total_in_one_pass(dtype: torch.dtype, strips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_STRIPS_FROM", 1 if strips else 10**9)
+    monkeypatch.setattr(_settings, "workspace_bytes", 1)
+
+    def run(backend: str, to: torch.dtype) -> list[torch.Tensor]:
+        given = [unit(37, 45, dtype).to(to), unit(50, 45, dtype, 1).to(to)]
+        wide = torch.promote_types(to, torch.float32)
+        given += [torch.tensor(v, dtype=wide, device=DEVICE) for v in (9.0, -3.0)]
+        q, k, scale, bias = (t.requires_grad_() for t in given)
+        keys = torch.arange(37, device=DEVICE), torch.arange(50, device=DEVICE)
+        with use_backend(backend):
+            total = pairwise.pair_softplus_total(q, k, scale=scale, row_bias=bias, drop=keys)
+            return [total, *torch.autograd.grad(total * 3, (q, k, scale, bias))]
+
+    for g, w, tolerance in zip(
+        run("triton", dtype), run("chunked", torch.float64), (1e-6, *[DTYPES[dtype]] * 2, 1e-4, 1e-6), strict=True
+    ):
+        assert_close(g, w, tolerance)
+
+
+@pytest.mark.parametrize("scale", [200.0, 1500.0])
+@pytest.mark.parametrize("sides", ["one set", "both"])
+def test_rows_that_a_constant_shift_cannot_serve_are_repaired(scale: float, sides: str) -> None:
+    """Logits far below the largest possible one: their exponentials are all 0 under the shift."""
+    x, y = unit(40, 16), unit(40, 16, seed=1)
+    x[7] = -y.mean(0) * 3  # far from everything
+    y[5] = x[7]
+    given = Pairs(x, x if sides == "one set" else y, torch.tensor(scale, device=DEVICE))
+    keys = torch.arange(40, device=DEVICE)
+    given = given._replace(drop_x=keys, drop_y=keys, symmetric=sides == "one set")
+    exact = Pairs(*(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given))
+    both = sides == "both"
+    got, want = triton.reduce("exp", given, both, True), chunked.reduce("exp", exact, both, True)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, 1e-6)
+    row_side = (want[0], torch.ones_like(want[0]))
+    exact_sides = Sides(*row_side, *((want[1], torch.ones_like(want[1])) if both else row_side))
+    dx, dy, *_ = triton.grad("exp", given, Sides(*(t.float() for t in exact_sides)), True, both, False)
+    wide_dx, wide_dy, *_ = chunked.grad("exp", exact, exact_sides, True, both, False)
+    assert_close(dx, wide_dx, 1e-6 * scale)
+    assert_close(dy, wide_dy, 1e-6 * scale)
+
+
+def test_log_sum_exps_far_apart_keep_their_weights() -> None:
+    """One exponential cannot serve rows and columns whose results differ by more than fp32 spans."""
+    x, y = unit(40, 16), unit(33, 16, seed=1)
+    bias = torch.linspace(-150, 150, 40, device=DEVICE)
+    given = Pairs(x, y, torch.tensor(5.0, device=DEVICE), row_bias=bias)
+    exact = Pairs(x.double(), y.double(), given.scale.double(), row_bias=bias.double())
+    row, col = chunked.reduce("exp", exact, True, True)
+    sides = Sides(row, torch.ones_like(row), col, torch.ones_like(col))
+    got = triton.grad("exp", given, Sides(*(t.float() for t in sides)), True, True, True)
+    for g, w in zip(got, chunked.grad("exp", exact, sides, True, True, True), strict=True):
+        assert_close(g, w, 3e-5)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("upstream", [1e-9, 1e9])
+def test_fp16_weights_neither_vanish_nor_overflow(
+    strips: bool, upstream: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a mean over many pairs are below the smallest fp16 number, a loss scaler's above the largest."""
+    monkeypatch.setattr(triton, "_STRIPS_FROM", 1 if strips else 10**9)
+    x, y = unit(40, 40, torch.float16), unit(50, 40, torch.float16, 1)
+    given = Pairs(x, y, torch.tensor(5.0, device=DEVICE))
+    exact = Pairs(x.double(), y.double(), given.scale.double())
+    for link in LINKS:
+        row, col = chunked.reduce(link, exact, True, True)
+        sides = Sides(row, torch.full_like(row, upstream), col, torch.full_like(col, upstream))
+        got = triton.grad(link, given, Sides(*(t.float() for t in sides)), True, True, True)
+        for g, w in zip(got, chunked.grad(link, exact, sides, True, True, True), strict=True):
+            assert_close(g, w, 1e-3)
+
+
+@each_dtype
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("scale", [10.0, 1000.0])
+def test_contrastive_is_the_composition(dtype: torch.dtype, stacked: bool, scale: float) -> None:
+    """The fused operator against the formulas: losses, and gradients of raw rows and scale."""
+    raw = torch.randn(34, 21, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    raw[3] = 0.0
+    raw[8] *= 1e-3
+
+    def leaves() -> list[torch.Tensor]:
+        parts = (raw,) if stacked else (raw[:17], raw[17:])
+        return [*(t.clone().requires_grad_() for t in parts), torch.tensor(scale, device=DEVICE).requires_grad_()]
+
+    for normalized in (True, False):
+        for both in {stacked, True}:
+            *rows, by = leaves()
+            with use_backend("triton"):
+                loss = pairwise.contrastive(*rows, scale=by, normalize=normalized, both=both and not stacked)
+            assert loss is not None
+            weights = torch.linspace(1, 2, len(loss), device=DEVICE)
+            got = [loss, *torch.autograd.grad((loss * weights).sum(), [*rows, by])]
+            *rows, by = leaves()
+            wide = [t.double() for t in rows]
+            if normalized:  # to the unit rows as they are rounded, and back as if they were not
+                rounded = [triton.normalize(t.detach().float())[0].to(dtype).double() for t in rows]
+                units = [pairwise.l2_normalize(t) for t in wide]
+                wide = [u + (r - u).detach() for u, r in zip(units, rounded, strict=True)]
+            with use_backend("chunked"):
+                want_loss = _formula(wide, by.double(), both)
+            want = [want_loss, *torch.autograd.grad((want_loss * weights).sum(), [*rows, by])]
+            for g, w in zip(got, want, strict=True):
+                assert_close(g, w, 1e-6 + 1e-6 * scale if g.ndim == 1 else max(DTYPES[dtype], 1e-6 * scale))
+
+
+def _formula(rows: list[torch.Tensor], scale: torch.Tensor, both: bool) -> torch.Tensor:
+    if len(rows) == 1:
+        return functional.nt_xent(rows[0], temperature=1 / scale, reduction="none")
+    x, y = rows
+    to_y = functional.info_nce(x, y, temperature=1 / scale, reduction="none")
+    to_x = functional.info_nce(y, x, temperature=1 / scale, reduction="none")
+    return torch.cat([to_y, to_x]) if both else to_y
+
+
+def test_contrastive_pays_for_the_gradients_that_are_wanted() -> None:
+    q, k = unit(12, 8), unit(12, 8, seed=1)
+    with use_backend("triton"):
+        loss = functional.info_nce(q.requires_grad_(), k, temperature=0.2)
+        (dq,) = torch.autograd.grad(loss, q)
+        loss = functional.clip(q.detach(), k.requires_grad_(), scale=5.0)
+        (dk,) = torch.autograd.grad(loss, k)
+    q, k = q.detach().double().requires_grad_(), k.detach().double().requires_grad_()
+    assert_close(dq, torch.autograd.grad(fastcl.reference.info_nce(q, k, temperature=0.2), q)[0], 1e-5)
+    assert_close(dk, torch.autograd.grad(fastcl.reference.clip(q, k, scale=5.0), k)[0], 1e-5)
+
+
+@each_dtype
+def test_argmax_is_the_first_of_equals(dtype: torch.dtype) -> None:
+    y = torch.randint(-2, 3, (90, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x = y[:25].clone()
+    drop = torch.arange(25, device=DEVICE), torch.arange(90, device=DEVICE)
+    only = torch.arange(25, device=DEVICE) % 5, torch.arange(90, device=DEVICE) % 4  # rows of class 4 keep no pair
+    for options in ({}, {"drop": drop, "only": only}, {"drop": drop, "largest": False}):
+        with use_backend("triton"):
+            got = pairwise.pair_topk(x, y, topk=1, **options)  # type: ignore[arg-type]
+        with use_backend("chunked"):
+            want = pairwise.pair_topk(x, y, topk=1, **options)  # type: ignore[arg-type]
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+@each_dtype
+def test_normalize(dtype: torch.dtype) -> None:
+    x = torch.randn(21, 37, generator=torch.Generator().manual_seed(0))
+    x[0], x[1], x[2] = 0, x[1] * 1e-30, x[2] * 1e4
+    x, g = x.to(DEVICE, dtype), torch.randn(21, 37).to(DEVICE, dtype)
+    (unit_rows, length), (want_unit, want_length) = triton.normalize(x), chunked.normalize(x)
+    ulp = torch.finfo(dtype).eps
+    assert_close(unit_rows, want_unit, ulp)
+    assert torch.equal(length == torch.inf, want_length == torch.inf)
+    finite = length.isfinite()
+    assert_close(length[finite], want_length[finite], 1e-6)
+    dx, want = triton.normalize_grad(x, length, g), chunked.normalize_grad(x, want_length, g)
+    for got_row, want_row in zip(dx, want, strict=True):
+        assert_close(got_row, want_row, max(2 * ulp, 1e-5))
+
+
+def test_two_bf16_numbers_are_nearly_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_settings, "fp32", "bf16x3")
+    z = unit(100, 48).requires_grad_()
+    with use_backend("triton"):
+        loss = functional.nt_xent(z, temperature=0.1, reduction="none")
+    (got,) = torch.autograd.grad(loss.mean(), z)
+    exact = z.detach().double().requires_grad_()
+    want = fastcl.reference.nt_xent(exact, temperature=0.1, reduction="none")
+    assert_close(loss, want, 2e-6)
+    assert_close(got, torch.autograd.grad(want.mean(), exact)[0], 3e-5)
+    monkeypatch.setattr(_settings, "fp32", "auto")
+    with use_backend("triton"):
+        assert not torch.equal(functional.nt_xent(z, temperature=0.1, reduction="none"), loss)
+
+
+def test_descriptors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, whether tiles are fetched by the copy engine or by addresses."""
+    if not triton.DESCRIPTORS:
+        pytest.skip("this Triton has no tensor descriptors")
+    x, y = unit(40, 40, torch.bfloat16), unit(50, 40, torch.bfloat16, 1)
+    assert triton._by_descriptor(x, y) or DEVICE == "cuda"
+
+    def run() -> list[torch.Tensor]:
+        q, k = (t.clone().requires_grad_() for t in (x, y))
+        with use_backend("triton"):
+            row, col = pairwise.pair_logsumexp(q, k, scale=3.0, both=True)
+        return [row, col, *torch.autograd.grad(row.sum() + col.sum(), (q, k))]
+
+    with_descriptors = run()
+    monkeypatch.setattr(triton, "DESCRIPTORS", False)
+    for a, b in zip(with_descriptors, run(), strict=True):
+        assert torch.equal(a, b)

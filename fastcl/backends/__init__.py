@@ -9,11 +9,14 @@ A backend is a module with three kernels over the same :class:`Pairs` (their mat
 
 and may have more, each of which ``chunked`` or the kernels above replace where it is absent (or returns ``None``) ::
 
-    reduce_grad(link, pairs, want_dx, want_sums) -> (row, dx, row_sum) | None     # one pass for two
+    reduce_grad(link, pairs, want_dx, want_dy, want_sums) -> (row, dx, dy, row_sum) | None     # one pass for two
+    argmax(pairs) -> (values, indices)                # topk with one neighbour
     normalize(x) -> (unit, length)
     normalize_grad(x, length, grad) -> dx
+    contrastive(x, y, scale, dtype, normalize, both) -> (loss, *saved)            # raw rows to losses
+    contrastive_grad(x, y, scale, grad, saved, want_x, want_y) -> (dx, dy, dots)
 
-``op`` is one of ``OPS``. To add a backend, add a file here and its name to ``PREFERENCE``.
+``op`` is one of ``OPS``, or the name of one of these. To add a backend, add a file here and its name to ``PREFERENCE``.
 """
 
 from __future__ import annotations

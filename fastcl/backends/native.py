@@ -112,8 +112,10 @@ def grad(
     return _narrow(dx, d) if want_dx else dx, _narrow(dy, d) if want_dy else dy, row_sum, col_sum
 
 
-def reduce_grad(link: str, pairs: Pairs, want_dx: bool, want_sums: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    if link != "exp" or not want_dx or pairs.x.dtype == torch.float64:
+def reduce_grad(
+    link: str, pairs: Pairs, want_dx: bool, want_dy: bool, want_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    if link != "exp" or not want_dx or want_dy or pairs.x.dtype == torch.float64:
         return None
     call = _Call(pairs)
     row, dx = _new(len(pairs.x)), _new(len(pairs.x), call.engine.wide)
@@ -122,7 +124,7 @@ def reduce_grad(link: str, pairs: Pairs, want_dx: bool, want_sums: bool) -> tupl
     if not call.engine.reduce_grad(call.work(), row.data_ptr(), dx.data_ptr()):
         return None  # the constant shift does not serve here
     row_sum = (row != -torch.inf).to(row.dtype) if want_sums else _new(0)  # softmax weights sum to 1
-    return row, _narrow(dx, pairs.x.shape[1]), row_sum
+    return row, _narrow(dx, pairs.x.shape[1]), _new(0), row_sum
 
 
 def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
