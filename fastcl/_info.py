@@ -138,7 +138,8 @@ def _backends(device: torch.device) -> dict[str, Any]:
 def _caches() -> dict[str, str]:
     home = os.environ.get("TRITON_HOME") or Path.home()
     triton = os.environ.get("TRITON_CACHE_DIR") or str(Path(home, ".triton", "cache"))
-    return {"fastcl": "writes none", "triton": triton, "inductor": _inductor_cache()}
+    ours = f"{_settings.cache_folder()} (only fastcl tune writes there)"
+    return {"fastcl": ours, "triton": triton, "inductor": _inductor_cache()}
 
 
 def _inductor_cache() -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``fastcl [info | selftest | bench | train]``, or ``python -m fastcl``.
+"""The command line: ``fastcl [info | selftest | bench | tune | train]``, or ``python -m fastcl``.
 
 ``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
 and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
@@ -89,6 +89,17 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from . import _tune
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json == _STDOUT else sys.stdout, flush=True)
+
+    result = _tune.run(_tune.Settings(**{f.name: getattr(args, f.name) for f in fields(_tune.Settings)}), say)
+    _write_json(result, args.json)
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     return trainer.run(args)
 
@@ -115,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(bench)
     _add_json(bench)
     bench.set_defaults(execute=_bench)
+
+    tune = commands.add_parser(
+        "tune", help="measure other tiles of the Triton kernels on this GPU, and keep the faster ones"
+    )
+    _add_tune(tune)
+    _add_json(tune)
+    tune.set_defaults(execute=_tune)
 
     train = commands.add_parser("train", help="train an encoder on images, and probe it")
     trainer.add_arguments(train)
@@ -146,6 +164,26 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
     )
     parser.add_argument("--plot", metavar="FILE", help="also write time and memory over N as a PNG")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    from ._tune import KINDS, Settings
+
+    default = Settings()
+    kinds = ",".join(KINDS)
+    parser.add_argument(
+        "--kinds",
+        default=default.kinds,
+        type=lambda text: tuple(text.split(",")),
+        metavar="KIND,...",
+        help=f"which launches (default: {kinds})",
+    )
+    parser.add_argument(
+        "--dtype", default=default.dtype, choices=("bfloat16", "float16", "float32"), help="of the rows"
+    )
+    parser.add_argument("--rows", default=default.rows, type=int, help="of the batch (default: %(default)s)")
+    parser.add_argument("--rounds", default=default.rounds, type=int, help="of which the median counts")
+    parser.set_defaults(device=default.device)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
