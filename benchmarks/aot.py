@@ -36,9 +36,20 @@ MATRIX = {  # machine instructions that multiply matrices, by the name of their 
 }
 WIDE = r"(LDG|LDGSTS)\.E\S*\.128|UTMALDG|UBLKCP"  # 16 bytes per thread, or a bulk copy
 SPILL = r"(LDL|STL)\b"
+INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)"
+LOOP = {"exponentials": r"MUFU\.EX2", "products": "HGMMA|UTC[HQ]MMA|HMMA"}
+# Kernels that always multiply matrices; _finish_kernel does only where it may have to compute a block again.
+PRODUCTS = {
+    "_sums_kernel", "_grad_kernel", "_weights_kernel", "_product_kernel", "_one_pass_kernel", "_argmax_kernel",
+}  # fmt: skip
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 ROWS, DIM = 256, 128  # a multiple of 16, and of what a 16-byte load needs
 ODD_ROWS, ODD_DIM = 101, 37
+# Between them they launch every kernel; the last with every mask, where registers are short.
+FEW = (
+    "nt_xent", "clip", "clip, strips", "pair_logsumexp, frozen columns", "pair_argmax", "pair_logsumexp, every mask",
+)  # fmt: skip
+STRIP_ROWS = 4096  # long enough for strips of weights
 
 
 @dataclass
@@ -59,10 +70,14 @@ class Compiled:
     instructions: int
     wide_loads: int
     matrix: dict[str, int]
+    loop: dict[str, int]  # of the loop that multiplies: all instructions, and some kinds of them
 
 
-def compile_all(arch: int, dtype: str) -> list[Compiled]:
-    """Every kernel that fastcl launches with rows of this dtype on this architecture. Changes Triton for good."""
+def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
+    """Every kernel that fastcl launches with rows of this dtype on this architecture. Changes Triton for good.
+
+    ``few``: of the losses used most, which launch every kernel once.
+    """
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -98,10 +113,13 @@ def compile_all(arch: int, dtype: str) -> list[Compiled]:
 
     triton.JITFunction.run = compile_only
     backend.unsupported = lambda op, x: None
-    backend.capability = lambda device: divmod(arch, 10)
+    processors = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest GPU of each
+    backend.limits = lambda device: backend.Limits("", divmod(arch, 10), processors[arch])
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     rows_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     for name, aligned, call in _calls(rows_dtype):
+        if few and name not in FEW:
+            continue
         using[:] = [name, aligned]
         call()
     return [_read(compiled, arch, dtype, sorted(users), aligned) for compiled, aligned, users in seen.values()]
@@ -117,13 +135,25 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
     def backward(result: Any) -> None:
         sum(t.sum() for t in (result if isinstance(result, tuple) else (result,))).backward()
 
-    def loss(case: LossCase) -> Callable[[], None]:
+    def loss(case: LossCase, rows: int = ROWS, d: int = DIM) -> Callable[[], None]:
         def call() -> None:
-            args, kwargs = case.inputs(ROWS // case.rows(1)[0], DIM, dtype=dtype)
+            args, kwargs = case.inputs(rows // case.rows(1)[0], d, dtype=dtype)
             with use_backend("triton"):
-                backward(getattr(functional, case.name)(*args, **kwargs))
+                backward(getattr(functional, case.name)(*args, normalize=d == DIM, **kwargs))
 
         return call
+
+    def frozen() -> None:
+        q, k = torch.randn(ROWS, DIM).to(dtype).requires_grad_(), torch.randn(2 * ROWS, DIM).to(dtype)
+        with use_backend("triton"):
+            backward(pairwise.pair_logsumexp(q, k, scale=2.0))
+
+    def mining() -> None:
+        q = torch.randn(ROWS, DIM).to(dtype).requires_grad_()
+        with use_backend("triton"):
+            unit = pairwise.l2_normalize(q)
+            unit.sum().backward()
+            pairwise.pair_argmax(unit.detach(), drop=torch.arange(ROWS))
 
     def everything(function: Any, n: int, d: int, symmetric: bool) -> Callable[[], None]:
         def call() -> None:
@@ -139,9 +169,14 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
 
         return call
 
+    by_name = {case.name: case for case in CASES}
     lse, softplus = pairwise.pair_logsumexp, pairwise.pair_softplus_sum
     return [
         *(("-".join([c.name, *c.row_arguments]), True, loss(c)) for c in CASES),
+        *((f"nt_xent, D = {d}", True, loss(by_name["nt_xent"], ROWS, d)) for d in (64, 256, 512)),
+        *((f"{n}, strips", True, loss(by_name[n], STRIP_ROWS, 512)) for n in ("nt_xent", "clip", "siglip")),
+        ("pair_logsumexp, frozen columns", True, frozen),
+        ("pair_argmax", True, mining),
         ("pair_logsumexp, every mask", True, everything(lse, ROWS, DIM, False)),
         ("pair_logsumexp, every mask, odd sizes", False, everything(lse, ODD_ROWS, ODD_DIM, False)),
         ("pair_logsumexp, every mask, one set", True, everything(lse, ROWS, DIM, True)),
@@ -153,7 +188,7 @@ def _read(compiled: Any, arch: int, dtype: str, users: list[str], aligned: bool)
     resources, code = _machine_code(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     assert found, resources
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    instructions = re.findall(INSTRUCTION, code, re.MULTILINE)
     return Compiled(
         kernel=compiled.metadata.name,
         arch=arch,
@@ -169,7 +204,31 @@ def _read(compiled: Any, arch: int, dtype: str, users: list[str], aligned: bool)
         instructions=len(instructions),
         wide_loads=_count(WIDE, instructions),
         matrix={family: n for family, name in MATRIX.items() if (n := _count(name, instructions))},
+        loop=_loop(code),
     )
+
+
+def _loop(code: str) -> dict[str, int]:
+    """Instructions of the innermost loop with the most exponentials or products; empty where nothing loops.
+
+    A loop is what lies between a label and a branch back to it. A path taken rarely (masks) that the assembler left
+    inside counts as if it were always taken.
+    """
+    listing: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(listing)
+        elif found := re.match(INSTRUCTION, line):
+            listing.append(found[1])
+            back = re.search(r"`\((\.L_x_\d+)\)", line)
+            if found[1].startswith("BRA") and back and back[1] in labels:
+                loops.append((labels[back[1]], len(listing)))
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    bodies = [listing[a:b] for a, b in inner]
+    body = max(bodies, key=lambda b: (_count("|".join(LOOP.values()), b), len(b)), default=[])
+    return {"all": len(body), **{kind: n for kind, name in LOOP.items() if (n := _count(name, body))}} if body else {}
 
 
 def _count(pattern: str, instructions: list[str]) -> int:
@@ -200,9 +259,10 @@ def faults(rows: list[Compiled]) -> list[str]:
         if row.stack_bytes or row.spill_instructions:
             found.append(f"{name}: spills {row.stack_bytes} bytes of registers")
         family = matrix_family(row.arch, row.dtype)
-        if set(row.matrix) != ({family} if family else set()):
+        multiplies = bool(row.matrix) or row.kernel in PRODUCTS
+        if multiplies and set(row.matrix) != ({family} if family else set()):
             found.append(f"{name}: multiplies with {sorted(row.matrix) or 'fp32 units'}, expected {family}")
-        if row.aligned and not row.wide_loads:
+        if row.aligned and row.kernel in PRODUCTS and not row.wide_loads:
             found.append(f"{name}: no 16-byte loads of aligned rows")
     return found
 
@@ -215,12 +275,12 @@ def matrix_family(arch: int, dtype: str) -> str | None:
 
 
 def compile_everything(
-    archs: Iterable[int] = tuple(SHARED_LIMIT), dtypes: Iterable[str] = DTYPES, workers: int = 2
+    archs: Iterable[int] = tuple(SHARED_LIMIT), dtypes: Iterable[str] = DTYPES, workers: int = 2, few: bool = False
 ) -> tuple[list[Compiled], list[dict[str, Any]]]:
     """All kernels, and what could not be compiled, with the compiler's reason: arch, dtype, reason."""
     jobs = [(arch, dtype) for arch in archs for dtype in dtypes if not (arch < 80 and dtype == "tf32")]
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(_in_a_process, jobs))
+        results = list(pool.map(lambda job: _in_a_process(*job, few), jobs))
     rows = [row for result in results if isinstance(result, list) for row in result]
     failed = [
         {"arch": arch, "dtype": dtype, "reason": result}
@@ -230,10 +290,10 @@ def compile_everything(
     return rows, failed
 
 
-def _in_a_process(job: tuple[int, str]) -> list[Compiled] | str:
+def _in_a_process(arch: int, dtype: str, few: bool) -> list[Compiled] | str:
     """Of its own: Triton's driver and what it compiled belong to one architecture, and its compiler may abort."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # tests set it
-    command = [sys.executable, "-m", "benchmarks.aot", "--one", *map(str, job)]
+    command = [sys.executable, "-m", "benchmarks.aot", "--one", str(arch), dtype, *(["--few"] if few else [])]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}
     )
@@ -249,18 +309,19 @@ def main() -> int:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json")
+    parser.add_argument("--few", action="store_true", help="only what launches every kernel once")
     parser.add_argument("--one", nargs=2, metavar=("ARCH", "DTYPE"), help="compile here, and print the rows as JSON")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps([asdict(row) for row in compile_all(int(args.one[0]), args.one[1])]))
+        print(json.dumps([asdict(row) for row in compile_all(int(args.one[0]), args.one[1], args.few)]))
         return 0
-    rows, failed = compile_everything(map(int, args.archs.split(",")), args.dtypes.split(","), args.workers)
+    rows, failed = compile_everything(map(int, args.archs.split(",")), args.dtypes.split(","), args.workers, args.few)
     for key in dict.fromkeys((row.arch, row.dtype) for row in rows):
         group = [row for row in rows if (row.arch, row.dtype) == key]
         print(
             f"sm_{key[0]:<4} {key[1]:<9} {len(group):>3} kernels, at most {max(r.registers for r in group)} registers, "
             f"{max(r.stack_bytes for r in group)} bytes spilled, {max(r.shared_bytes for r in group):,} of "
-            f"{group[0].shared_limit:,} bytes shared, {', '.join(group[0].matrix) or 'fp32 units'}"
+            f"{group[0].shared_limit:,} bytes shared, {', '.join({m for r in group for m in r.matrix}) or 'fp32 units'}"
         )
     for failure in failed:
         print(f"sm_{failure['arch']} {failure['dtype']}: not compiled ({failure['reason']})")

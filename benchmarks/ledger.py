@@ -3,9 +3,9 @@
     python -m benchmarks.ledger            prints the table
     python -m benchmarks.ledger --check    exits with 1 where a kernel was not, or has changed since
 
-A kernel is known by the hash of its syntax tree, with every function, class and constant of its module that it or its
-launch reaches: a comment, a docstring or a line break does not age it, a change in a helper or a launch configuration
-does. Needs nothing but Python.
+A kernel is known by the hash of its syntax tree, with every function, class and constant of the backend that it or the
+functions that launch it reach: a comment, a docstring or a line break does not age it, a change in a helper or in a
+table of tiles does. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["fastcl/backends/triton.py"]
+SOURCES = [f"fastcl/backends/{name}.py" for name in ("triton", "_triton_kernels", "_triton_configs")]
 LAUNCH = "_launch"
 
 
 def kernel_hashes(source: str) -> dict[str, str]:
-    """Name of every kernel of a module (``@triton.jit``, named ``..._kernel``) and the hash of what it runs."""
+    """Name of every kernel of a source (``@triton.jit``, named ``..._kernel``) and the hash of what it runs."""
     defined: dict[str, ast.stmt] = {}
     kernels = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined[node.name] = node
-            if node.name.endswith("_kernel") and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
+            if node.name.endswith("_kernel") and any(
+                ast.unparse(d).startswith("triton.jit") for d in node.decorator_list
+            ):
                 kernels.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name):
                     defined[target.id] = node
-    return {kernel: _hash([kernel, LAUNCH], defined) for kernel in kernels}
+    launchers = {kernel: [name for name, node in defined.items() if kernel in _names(node)] for kernel in kernels}
+    return {kernel: _hash([kernel, LAUNCH, *launchers[kernel]], defined) for kernel in kernels}
 
 
 def hashes(root: Path = ROOT) -> dict[str, str]:
     """Those of all kernels of a checkout."""
-    return {
-        kernel: digest
-        for source in SOURCES
-        for kernel, digest in kernel_hashes((root / source).read_text(encoding="utf-8")).items()
-    }
+    return kernel_hashes("\n".join((root / source).read_text(encoding="utf-8") for source in SOURCES))
+
+
+def _names(tree: ast.AST) -> set[str]:
+    """Everything that is read by its name, or from a module by its name."""
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    return found | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
 
 
 def _hash(roots: list[str], defined: dict[str, ast.stmt]) -> str:
@@ -57,7 +62,7 @@ def _hash(roots: list[str], defined: dict[str, ast.stmt]) -> str:
             continue
         tree = _without_docstrings(defined[name])
         reached[name] = ast.dump(tree)
-        waiting += [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in defined]
+        waiting += _names(tree) & defined.keys()
     text = "\n".join(f"{name} {reached[name]}" for name in sorted(reached))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ledger
+from .aot import PRODUCTS
 
 ROOT = Path(__file__).resolve().parent.parent
 _BENCH_NOTE = (
@@ -159,7 +160,7 @@ def aot(result: dict[str, Any]) -> str:
             str(max(row["stack_bytes"] for row in group)),
             f"{max(row['shared_bytes'] for row in group) / 1024:.0f} of {group[0]['shared_limit'] // 1024}",
             ", ".join(sorted({family for row in group for family in row["matrix"]})) or "fp32 units",
-            str(min(row["wide_loads"] for row in group if row["aligned"])),
+            str(min(row["wide_loads"] for row in group if row["aligned"] and row["kernel"] in PRODUCTS)),
             f"{max(row['instructions'] for row in group):,}",
         ]
         for (arch, dtype), group in groups.items()
@@ -172,7 +173,30 @@ def aot(result: dict[str, Any]) -> str:
     return (
         f"{markdown(head, rows)}\n\n`{result['command']}`, torch {versions['torch']}, triton {versions['triton']}, "
         f"{result['date']}, commit {result['commit']}. The largest of the kernels of a line; of wide loads (16 bytes "
-        "per thread, or a bulk copy) the fewest, where D is a multiple of 8."
+        "per thread, or a bulk copy) the fewest in a kernel that multiplies, where D is a multiple of 8."
+    )
+
+
+def predicted(result: dict[str, Any]) -> str:
+    """What ``benchmarks/predict.py`` wrote: a line per shape, in microseconds."""
+
+    def micro(row: dict[str, Any], name: str) -> str:
+        return f"{row[f'{name}_seconds'] * 1e6:,.0f}"
+
+    rows = [
+        [
+            f"{row['rows']:,} x {row['dim']:,}",
+            micro(row, "bound"),
+            f"{micro(row, 'low')} to {micro(row, 'high')}",
+            micro(row, "goal"),
+            ", ".join(f"{k['name']} {k['low'] * 1e6:,.0f} ({k['limit']})" for k in row["kernels"]),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["N x D", "bound, us", "predicted, us", "goal, us", "launches, low, and what limits"]
+    return (
+        f"{markdown(head, rows)}\n\nPredictions for {result['gpu']}, **not measured**: `{result['command']}`, "
+        f"{result['date']}, commit {result['commit']}."
     )
 
 
@@ -208,6 +232,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits.json", digits),
     "native-cpu": ("native-cpu.json", native),
     "aot": ("aot.json", aot),
+    "predicted": ("predicted-h200.json", predicted),
     "ledger": (None, verified),
 }
 

@@ -231,6 +231,52 @@ def test_memory_does_not_grow_with_pairs() -> None:
     assert peak_bytes(lambda: step(z), torch.device(DEVICE)) < 40 * z.nbytes
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_small_batch_is_five_launches(normalized: bool) -> None:
+    """Of our kernels: rows prepared, sums, results, gradients, gradients of raw rows."""
+    z = rows(2048, 128, torch.bfloat16)
+
+    def run() -> None:
+        loss = functional.nt_xent(z, temperature=0.1, normalize=normalized)
+        torch.autograd.grad(loss, z)
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    ours = [e.name for e in trace.events() if e.name.endswith("_kernel") and e.name in vars(triton.kernels)]
+    assert sorted(ours) == sorted(
+        ["_prepare_kernel", "_sums_kernel", "_finish_kernel", "_grad_kernel", "_restore_kernel"]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip"])
+def test_strips_of_a_large_batch_against_fp64(name: str, dtype: torch.dtype) -> None:
+    case = next(c for c in CASES if c.name == name)
+    args, kwargs = case.inputs(4400 // case.rows(1)[0], 520, dtype=dtype, device=DEVICE)
+    assert triton._in_strips(args[0], args[0], triton._Want(True, True))
+    check_case(case, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_bits_by_address_and_by_descriptor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = rows(700, 128, dtype)
+    got = step(z)
+    monkeypatch.setattr(triton, "DESCRIPTORS", False)
+    for a, b in zip(got, step(z), strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 7, 64, 200, 256, 257, 1024, 4096])
+def test_any_depth(d: int) -> None:
+    z = rows(130, d, torch.bfloat16)
+    _, got = step(z)
+    exact = z.detach().double().requires_grad_()
+    want = fastcl.reference.nt_xent(exact, temperature=0.1)
+    assert_close(got, torch.autograd.grad(want, exact)[0], TOLERANCE[torch.bfloat16][1], floor=1e-4)
+
+
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: Callable[..., Tensor] = torch.compile(functional.nt_xent, fullgraph=True)
     z = rows(300, 64)
