@@ -145,8 +145,8 @@ def contrastive(
         both: rows of ``k`` are anchors, too, against those of ``q``.
 
     Returns:
-        Losses of the rows of ``q``, then (``both``) of those of ``k``; fp32. ``None`` where the backend of such rows does
-        not have the operation, and under ``torch.compile``, which fuses the formulas itself.
+        Losses of the rows of ``q``, then (``both``) of those of ``k``; fp32. ``None`` where the backend of such rows
+        does not have the operation, and under ``torch.compile``, which fuses the formulas itself.
 
     Raises:
         TypeError, ValueError: rows or a scale that do not fit, as in :func:`pair_logsumexp`.
