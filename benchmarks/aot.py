@@ -40,14 +40,14 @@ INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)"
 LOOP = {"exponentials": r"MUFU\.EX2", "products": "HGMMA|UTC[HQ]MMA|HMMA"}
 # Kernels that always multiply matrices; _finish_kernel does only where it may have to compute a block again.
 PRODUCTS = {
-    "_sums_kernel", "_grad_kernel", "_weights_kernel", "_product_kernel", "_one_pass_kernel", "_argmax_kernel",
+    "_sums_kernel", "_grad_kernel", "_weights_kernel", "_product_kernel", "_one_pass_kernel", "_topk_kernel",
 }  # fmt: skip
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 ROWS, DIM = 256, 128  # a multiple of 16, and of what a 16-byte load needs
 ODD_ROWS, ODD_DIM = 101, 37
 # Between them they launch every kernel; the last with every mask, where registers are short.
 FEW = (
-    "nt_xent", "clip", "clip, strips", "pair_logsumexp, frozen columns", "pair_argmax", "pair_logsumexp, every mask",
+    "nt_xent", "clip", "clip, strips", "pair_logsumexp, frozen columns", "pair_topk", "pair_logsumexp, every mask",
 )  # fmt: skip
 STRIP_ROWS = 4096  # long enough for strips of weights
 
@@ -153,7 +153,8 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
         with use_backend("triton"):
             unit = pairwise.l2_normalize(q)
             unit.sum().backward()
-            pairwise.pair_argmax(unit.detach(), drop=torch.arange(ROWS))
+            for topk in (1, 20, 200):
+                pairwise.pair_topk(unit.detach(), topk=topk, drop=torch.arange(ROWS))
 
     def everything(function: Any, n: int, d: int, symmetric: bool) -> Callable[[], None]:
         def call() -> None:
@@ -176,7 +177,7 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
         *((f"nt_xent, D = {d}", True, loss(by_name["nt_xent"], ROWS, d)) for d in (64, 256, 512)),
         *((f"{n}, strips", True, loss(by_name[n], STRIP_ROWS, 512)) for n in ("nt_xent", "clip", "siglip")),
         ("pair_logsumexp, frozen columns", True, frozen),
-        ("pair_argmax", True, mining),
+        ("pair_topk", True, mining),
         ("pair_logsumexp, every mask", True, everything(lse, ROWS, DIM, False)),
         ("pair_logsumexp, every mask, odd sizes", False, everything(lse, ODD_ROWS, ODD_DIM, False)),
         ("pair_logsumexp, every mask, one set", True, everything(lse, ROWS, DIM, True)),

@@ -21,7 +21,8 @@ def main() -> None:
                     torch.autograd.grad(loss, [t for t in (*args, *kwargs.values()) if t.requires_grad])
         rows = torch.randn(37, 41, device="cuda", dtype=dtype)
         with use_backend("triton"):
-            pairwise.pair_argmax(rows, drop=torch.arange(37, device="cuda"))
+            for topk in (1, 5, 300):
+                pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
             frozen = pairwise.pair_logsumexp(rows.clone().requires_grad_(), rows, scale=0.1)
             frozen.sum().backward()
     torch.cuda.synchronize()

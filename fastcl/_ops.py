@@ -107,8 +107,6 @@ def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.library.impl("fastcl::pair_topk", "CompositeExplicitAutograd")
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     pairs, (topk, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    if topk == 1 and hasattr(kernels := select("argmax", pairs.x, backend), "argmax"):
-        return kernels.argmax(pairs)
     return select("topk", pairs.x, backend).topk(pairs, topk)
 
 

@@ -343,18 +343,40 @@ def test_contrastive_pays_for_the_gradients_that_are_wanted() -> None:
 
 
 @each_dtype
-def test_argmax_is_the_first_of_equals(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("topk", [1, 2, 7, 100])
+def test_topk_is_in_order_and_the_first_of_equals_first(
+    dtype: torch.dtype, topk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small whole numbers, so that many are equal; more neighbours than a program keeps, and than there are."""
+    monkeypatch.setattr(triton, "_SLOTS", 8 if topk == 7 else 32)
     y = torch.randint(-2, 3, (90, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     x = y[:25].clone()
-    drop = torch.arange(25, device=DEVICE), torch.arange(90, device=DEVICE)
-    only = torch.arange(25, device=DEVICE) % 5, torch.arange(90, device=DEVICE) % 4  # rows of class 4 keep no pair
-    for options in ({}, {"drop": drop, "only": only}, {"drop": drop, "largest": False}):
+    keys = torch.arange(25, device=DEVICE), torch.arange(90, device=DEVICE)
+    classes = keys[0] % 5, keys[1] % 4  # rows of class 4 keep no pair
+    forgotten = keys[0][:, None] == keys[1], classes[0][:, None] != classes[1]
+    none = torch.zeros_like(forgotten[0])
+    for drop, only, largest in ((None, None, True), (keys, classes, True), (keys, None, False)):
         with use_backend("triton"):
-            got = pairwise.pair_topk(x, y, topk=1, **options)  # type: ignore[arg-type]
-        with use_backend("chunked"):
-            want = pairwise.pair_topk(x, y, topk=1, **options)  # type: ignore[arg-type]
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+            values, indices = pairwise.pair_topk(x, y, topk=topk, drop=drop, only=only, largest=largest)
+        s = (x.double() @ y.double().T) * (1 if largest else -1)
+        s.masked_fill_((forgotten[0] if drop else none) | (forgotten[1] if only else none), -torch.inf)
+        s = torch.cat([s, s.new_full((25, topk), -torch.inf)], 1)
+        want, at = s.sort(dim=1, descending=True, stable=True)
+        want, at = want[:, :topk], at[:, :topk].masked_fill(want[:, :topk] == -torch.inf, -1)
+        assert torch.equal(values.double(), want if largest else -want)
+        assert torch.equal(indices, at)
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_topk_puts_nan_first_and_zeros_in_order(topk: int) -> None:
+    x = torch.tensor([[1.0], [float("nan")], [-1.0]], device=DEVICE)
+    y = torch.tensor([[-3.0], [0.0], [-0.0], [float("inf")], [-float("inf")]], device=DEVICE)
+    values, indices = triton.topk(Pairs(x, y, torch.tensor(1.0, device=DEVICE)), topk)
+    assert values[1].isnan().all() and indices[1].tolist() == [0, 1][:topk]
+    assert values[0].tolist() == [torch.inf, 0.0][:topk] and indices[0].tolist() == [3, 1][:topk]
+    assert values[2].tolist() == [torch.inf, 3.0][:topk] and indices[2].tolist() == [4, 0][:topk]
+    values, indices = triton.topk(Pairs(x, y[:0], torch.tensor(1.0, device=DEVICE)), topk)
+    assert values.tolist() == [[-torch.inf] * topk] * 3 and indices.tolist() == [[-1] * topk] * 3
 
 
 @each_dtype

@@ -79,7 +79,9 @@ def test_the_faster_tiles_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(_tune, "interleaved_seconds", clock)
     said: list[str] = []
-    settings = _tune.Settings(kinds=("sums", "grad", "one_pass", "argmax"), dtype="float32", rows=40, device="cpu")
+    settings = _tune.Settings(
+        kinds=("sums", "grad", "one_pass", "argmax", "topk"), dtype="float32", rows=40, device="cpu"
+    )
     result = _tune.run(settings, said.append)
     assert result["families"][FAMILY]["sums"] == [list(candidates[1][1:])]
     file = configs.tuned_file("")

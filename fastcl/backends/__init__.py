@@ -10,7 +10,6 @@ A backend is a module with three kernels over the same :class:`Pairs` (their mat
 and may have more, each of which ``chunked`` or the kernels above replace where it is absent (or returns ``None``) ::
 
     reduce_grad(link, pairs, want_dx, want_dy, want_sums) -> (row, dx, dy, row_sum) | None     # one pass for two
-    argmax(pairs) -> (values, indices)                # topk with one neighbour
     normalize(x) -> (unit, length)
     normalize_grad(x, length, grad) -> dx
     contrastive(x, y, scale, dtype, normalize, both) -> (loss, *saved)            # raw rows to losses

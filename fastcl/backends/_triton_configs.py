@@ -48,6 +48,7 @@ _UNITS_32 = _table({
     "weights": [(ANY, 32, 64, 16, 0, 8, 1)],
     "product": [(ANY, 32, 0, 16, 64, 8, 1)],
     "argmax": [(ANY, 32, 64, 16, 0, 8, 1)],
+    "topk": [(ANY, 32, 64, 16, 0, 8, 1)],
     "finish": [(ANY, 32, 64, 16, 0, 8, 1)],
 })  # fmt: skip
 _UNITS_16 = _table({  # 16 bytes per thread and load want deeper steps
@@ -57,6 +58,7 @@ _UNITS_16 = _table({  # 16 bytes per thread and load want deeper steps
     "weights": [(ANY, 32, 64, 32, 0, 8, 1)],
     "product": [(ANY, 32, 0, 32, 64, 8, 1)],
     "argmax": [(ANY, 32, 64, 32, 0, 8, 1)],
+    "topk": [(ANY, 32, 64, 32, 0, 8, 1)],
     "finish": [(ANY, 32, 64, 32, 0, 8, 1)],
 })  # fmt: skip
 _MMA_SYNC_16 = _table({
@@ -71,6 +73,7 @@ _MMA_SYNC_16 = _table({
     "weights": [(ANY, 128, 64, 32, 0, 8, 3)],
     "product": [(ANY, 128, 0, 32, 128, 8, 3)],
     "argmax": [(ANY, 64, 64, 32, 0, 8, 2)],
+    "topk": [(ANY, 32, 64, 32, 0, 8, 2)],
     "finish": [(ANY, 32, 32, 64, 0, 4, 1)],
 })  # fmt: skip
 _MMA_SYNC_TMA_16 = {  # tiles come through the copy engine, and registers are fewer
@@ -89,6 +92,7 @@ _MMA_SYNC_32 = _table({
     "weights": [(ANY, 64, 64, 32, 0, 4, 2)],
     "product": [(ANY, 64, 0, 32, 64, 4, 2)],
     "argmax": [(ANY, 64, 64, 32, 0, 8, 2)],
+    "topk": [(ANY, 32, 64, 32, 0, 8, 2)],
     "finish": [(ANY, 64, 64, 32, 0, 8, 2)],
 })  # fmt: skip
 _WGMMA_16 = _table({
@@ -104,6 +108,7 @@ _WGMMA_16 = _table({
     "weights": [(ANY, 128, 128, 64, 0, 8, 4)],
     "product": [(ANY, 128, 0, 64, 128, 8, 4)],
     "argmax": [(ANY, 64, 64, 64, 0, 4, 2)],
+    "topk": [(ANY, 64, 64, 64, 0, 8, 2)],
     "finish": [(ANY, 64, 64, 64, 0, 4, 2)],
 })  # fmt: skip
 _WGMMA_32 = _table({
@@ -114,6 +119,7 @@ _WGMMA_32 = _table({
     "weights": [(ANY, 128, 64, 32, 0, 8, 3)],
     "product": [(ANY, 128, 0, 32, 64, 8, 3)],
     "argmax": [(ANY, 64, 64, 32, 0, 4, 2)],
+    "topk": [(ANY, 64, 64, 32, 0, 8, 2)],
     "finish": [(ANY, 64, 64, 32, 0, 4, 2)],
 })  # fmt: skip
 _TCGEN05_16 = {
@@ -133,6 +139,7 @@ _INTERPRETER = _table({
     "weights": [(ANY, 32, 16, 32, 0, 1, 1)],
     "product": [(ANY, 16, 0, 32, 32, 1, 1)],
     "argmax": [(ANY, 16, 32, 32, 0, 1, 1)],
+    "topk": [(ANY, 16, 32, 32, 0, 1, 1)],
     "finish": [(ANY, 16, 32, 32, 0, 1, 1)],
 })  # fmt: skip
 _TABLE = {

@@ -24,6 +24,7 @@ _INF = tl.constexpr(float("inf"))
 _SPREAD = tl.constexpr(100.0)  # of log-sum-exps in base 2 over which e^s * (u_i + v_j) stays in range
 # Weights are about 1 / N^2, below what fp16 holds: for such rows the largest is made this large.
 _FP16_ROOM = tl.constexpr(2.0**14)
+_FIRST, _LAST = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))  # of the ranks of neighbours
 
 
 @triton.jit
@@ -800,33 +801,60 @@ def _merge_kernel(
     tl.store(out + rows.to(tl.int64)[:, None] * D + d[None, :], acc / some[:, None], mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "splits"])
-def _argmax_kernel(
-    xs, ys, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, values, indices,
-    blocks, splits, M, N,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+@triton.jit
+def _ranked(s, cols):
+    """64-bit numbers that order logits as topk does, all different: the larger first, NaN before all, and of equals the
+    first column. What is forgotten comes last."""
+    s = tl.where(s == 0.0, 0.0, s)  # 0 and -0 are equal
+    bits = tl.where(s == s, s.to(tl.int32, bitcast=True), 0x7FC00000)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # negative numbers in reverse
+    rank = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - cols).to(tl.int64)[None, :]
+    return tl.where(s == float("-inf"), _LAST, rank)
+
+
+@triton.jit(do_not_specialize=["M", "N", "count", "blocks", "splits"])
+def _topk_kernel(
+    xs, ys, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, below, out,
+    count, blocks, splits, M, N,
+    D: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The largest kept logit of every row and the first column that has it, in parts; -inf and -1 for none."""
+    """Ranks of the best ``count`` <= SLOTS kept logits of every row, in no order, in parts (splits, M, count).
+
+    A tile is asked for its best again and again, for all of its rows at once, until no row has one that belongs among
+    its best so far: after the first tiles that is rare. ``below``: only ranks below that of the row.
+    """
     row = tl.program_id(0) % blocks * BLOCK_M
     split = tl.program_id(0) // blocks
     rows = row + tl.arange(0, BLOCK_M)
+    slot = tl.arange(0, SLOTS)
     by = tl.load(scale)
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    index = tl.full((BLOCK_M,), -1, tl.int32)
+    # Empty slots differ, so that one at a time is the least; those not asked for are never the least.
+    empty = tl.where(slot < count, slot.to(tl.int64) + _LAST, _FIRST)
+    best = tl.zeros((BLOCK_M, SLOTS), tl.int64) + empty[None, :]
+    least = tl.min(best, 1)
     span = tl.cdiv(tl.cdiv(N, BLOCK_N), splits) * BLOCK_N
     for col in range(split * span, tl.minimum((split + 1) * span, N), BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
         acc = _products(xs, ys, row, col, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA)
         s = _logits(acc, by, row_bias, col_bias, rows, cols, M, N, 1.0)
         s = _masked(s, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, rows, cols, M, N)
-        value = tl.max(s, 1)
-        at = tl.min(tl.where(s == value[:, None], cols[None, :], 0x7FFFFFFF), 1)
-        better = value > best
-        best, index = tl.where(better, value, best), tl.where(better, at, index)
-    at = split * M + rows
-    tl.store(values + at, best, mask=rows < M)
-    tl.store(indices + at, index.to(tl.int64), mask=rows < M)
+        rank = _ranked(s, cols)
+        if below is not None:
+            rank = tl.where(rank < tl.load(below + rows, mask=rows < M, other=0)[:, None], rank, _LAST)
+        top = tl.max(rank, 1)
+        if SLOTS == 1:
+            least = tl.maximum(least, top)
+        else:
+            while tl.max((top > least).to(tl.int32), 0) > 0:
+                best = tl.where((best == least[:, None]) & (top > least)[:, None], top[:, None], best)
+                least = tl.min(best, 1)
+                rank = tl.where(rank == top[:, None], _LAST, rank)
+                top = tl.max(rank, 1)
+    if SLOTS == 1:
+        best = least[:, None]
+    at = (split * M + rows).to(tl.int64)[:, None] * count + slot[None, :]
+    tl.store(out + at, best, mask=(rows < M)[:, None] & (slot < count)[None, :])
 
 
 @triton.jit

@@ -37,6 +37,8 @@ _PARTS = 128  # programs that look for bounds; each writes a part
 _SPANS = 32  # of rows, and of columns: 528 pairs of them in a triangle, four for each processor of a Hopper GPU
 _UNITS = _SPANS * (_SPANS + 1) // 2
 _WIDEST = 8192  # features of a row that a program holds at once
+_SLOTS = 256  # neighbours that a program keeps of each row
+_LOWEST = -(1 << 63) + _SLOTS  # of the ranks of neighbours; below it is none
 _STRIPS_FROM = 2049  # rows; below, one launch is worth more than fewer operations
 # Left alone, the assembler aims at more blocks per processor, and pays with registers that spill.
 _OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
@@ -80,8 +82,6 @@ def _steps_down(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unsupported(op: str, x: Tensor) -> str | None:
-    if op == "topk":
-        return "has no kernel for more than one neighbour, where a matrix product and torch.topk do well"
     if not (x.is_cuda or INTERPRETED):
         return f"needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -426,24 +426,36 @@ def _product(weights: Tensor, y: Tensor, out: Tensor, balance: Tensor, transpose
     )  # fmt: skip
 
 
+def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
+    pairs = _contiguous(pairs)
+    parts: list[Tensor] = []
+    for first in range(0, topk, _SLOTS):  # each time, what comes after the last of those before
+        parts.append(_topk(pairs, min(topk - first, _SLOTS), parts[-1][:, -1].contiguous() if parts else None))
+    rank = torch.cat(parts, 1)
+    bits = rank >> 32
+    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
+    none = rank < _LOWEST
+    return values.masked_fill(none, -torch.inf), (0x7FFFFFFF - (rank & 0xFFFFFFFF)).masked_fill(none, -1)
+
+
 @_steps_down
-def argmax(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    x, y, scale, *optional, _ = _contiguous(pairs)
+def _topk(pairs: Pairs, count: int, below: Tensor | None) -> Tensor:
+    """Ranks of the best ``count`` <= _SLOTS, in order, (M, count)."""
+    x, y, scale, *optional, _ = pairs
     (m, d), n = x.shape, len(y)
-    if m == 0 or n == 0:
-        return _new(x, m, 1).fill_(-torch.inf), torch.full((m, 1), -1, device=x.device)
-    cut = _config("argmax", x)
+    if n == 0:
+        return torch.full((m, count), _LOWEST - 1, device=x.device)
+    cut = _config("argmax" if count == 1 else "topk", x)
     blocks = triton.cdiv(m, cut.block_m)
     splits = _splits(x, blocks, n, cut.block_n)
-    values, indices = _new(x, splits, m), torch.empty(splits, m, dtype=torch.long, device=x.device)
+    parts = torch.empty(splits, m, count, dtype=torch.long, device=x.device)
     _launch(
-        kernels._argmax_kernel, (blocks * splits,), cut, x,
-        x, y, scale, *optional, values, indices, blocks, splits, m, n,
-        D=d, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, PRECISION=_precision(x), TMA=False,
+        kernels._topk_kernel, (blocks * splits,), cut, x,
+        x, y, scale, *optional, below, parts, count, blocks, splits, m, n,
+        D=d, SLOTS=triton.next_power_of_2(count), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        PRECISION=_precision(x), TMA=False,
     )  # fmt: skip
-    best = values.amax(0)
-    first = torch.where(values == best, indices, n).amin(0)  # splits are in the order of the columns
-    return best[:, None], first[:, None]
+    return parts.transpose(0, 1).reshape(m, splits * count).topk(count).values
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
