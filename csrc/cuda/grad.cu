@@ -1,0 +1,14 @@
+#include "grad.cuh"
+
+#include "run.cuh"
+
+namespace fastcl::cuda {
+
+void grad(const GradSide& rows, const GradSide& cols, Dtype dtype, Link link, const float* balance, Target target) {
+  with_link(dtype, link, [&]<Dtype T, Link L>() {
+    with_depth(rows.pairs.depth,
+               [&]<int D>() { run(grad_kernel<T, D, L>, target, kGradShared<D>, rows, cols, balance); });
+  });
+}
+
+}  // namespace fastcl::cuda

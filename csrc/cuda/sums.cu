@@ -1,0 +1,13 @@
+#include "sums.cuh"
+
+#include "run.cuh"
+
+namespace fastcl::cuda {
+
+void sums(const Pairs& pairs, Dtype dtype, Link link, const Sums& plan, Target target) {
+  with_link(dtype, link, [&]<Dtype T, Link L>() {
+    with_depth(pairs.depth, [&]<int D>() { run(sums_kernel<T, D, L>, target, kSumsShared<D>, pairs, plan); });
+  });
+}
+
+}  // namespace fastcl::cuda

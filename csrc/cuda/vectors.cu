@@ -1,0 +1,24 @@
+#include "vectors.cuh"
+
+#include "run.cuh"
+
+namespace fastcl::cuda {
+
+constexpr int kShared = kWarps * sizeof(float);
+
+void bounds(const Pairs& pairs, Dtype dtype, float* bounds, i64* row_ranges, i64* col_ranges, Target target) {
+  run(dtype == Dtype::bf16 ? bounds_kernel<Dtype::bf16> : bounds_kernel<Dtype::f16>, target, kShared, pairs, bounds,
+      row_ranges, col_ranges);
+}
+
+void finish(const FinishSide& rows, const FinishSide& cols, Dtype dtype, Link link, const float* bounds, int room,
+            Target target) {
+  with_link(dtype, link, [&]<Dtype T, Link L>() { run(finish_kernel<T, L>, target, 0, rows, cols, bounds, room); });
+}
+
+void balance(const Pairs& pairs, Dtype dtype, Link link, const Sides& sides, float* balance, Target target) {
+  with_link(dtype, link,
+            [&]<Dtype T, Link L>() { run(balance_kernel<T, L>, target, kShared, pairs.m, pairs.n, sides, balance); });
+}
+
+}  // namespace fastcl::cuda

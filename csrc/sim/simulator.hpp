@@ -1,0 +1,347 @@
+// Runs CUDA C++ kernels on a CPU, from their own source, so that they can be tested without a GPU. Not a fast path.
+//
+// Every CUDA thread is a fiber; blocks run one after the other. What threads do together (barriers, shuffles, matrix
+// instructions) gathers the arguments of all who take part; the last to arrive computes for all. The memory model is made
+// hostile on purpose, by a seed:
+//   * warps run in a random order, each alone as far as it gets, so that a missing barrier is a wrong result;
+//   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or only when they are waited
+//     for (which shows a missing wait);
+//   * shared memory is NaN before every block, and an address outside it is an error;
+//   * collectives that diverge, wait for ever, or are given misaligned addresses are errors.
+// It is not a model of time, of caches or of bank conflicts, and races within one warp between two collectives are seen
+// only in the order of lanes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace sim {
+
+// ---- fibers ----------------------------------------------------------------------------------------------------------
+
+constexpr size_t kStack = 128 * 1024;
+
+#if defined(__x86_64__)
+extern "C" void fastcl_sim_switch(void** save, void* load);
+// The registers that a function must preserve, and the stack pointer, are all there is to a fiber.
+asm(R"(
+.text
+.weak fastcl_sim_switch
+.type fastcl_sim_switch,@function
+fastcl_sim_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+.size fastcl_sim_switch,.-fastcl_sim_switch
+)");
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  void start(char* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStack) & ~uintptr_t(63));
+    *--top = nullptr;  // the entry never returns
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    stack_pointer = top;
+  }
+  static void change(Fiber& from, Fiber& to) { fastcl_sim_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+struct Fiber {
+  ucontext_t context;
+  void start(char* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void change(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// ---- threads and blocks ----------------------------------------------------------------------------------------------
+
+// A 16-byte copy of cp.async that has not landed. `group`: how many groups its thread had committed before.
+struct Copy {
+  unsigned char* to;
+  const void* from;  // null: zeros
+  int group;
+};
+
+struct Thread {
+  unsigned index = 0, lane = 0, warp = 0;
+  Fiber fiber;
+  char* stack = nullptr;
+  bool done = false;
+  const uint64_t* asleep_on = nullptr;  // until this counter is no longer `asleep_at`
+  uint64_t asleep_at = 0;
+  std::vector<Copy> copies;
+  int committed = 0;
+};
+
+// Threads that do something together.
+struct Group {
+  unsigned size = 0, arrived = 0;
+  uint64_t generation = 0;
+  std::string what;
+  std::vector<const void*> argument;
+  std::vector<void*> result;
+  explicit Group(unsigned n = 0) : size(n), argument(n), result(n) {}
+};
+
+struct Block {
+  dim3 grid, index;
+  unsigned threads = 0;
+  std::vector<Thread> all;
+  std::vector<Group> warps;
+  Group cta;
+  std::vector<unsigned char> shared;
+  size_t shared_bytes = 0;
+  Fiber scheduler;
+  std::function<void()> body;
+  std::exception_ptr error;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local Thread* thread = nullptr;
+inline thread_local unsigned seed = 0;  // even: copies land when they are waited for; odd: at once. 0: threads in turn
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("simulator: " + what); }
+
+inline bool copies_land_at_once() { return seed % 2 == 1; }
+
+inline unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 1023) & ~uintptr_t(1023));
+}
+
+// Where `bytes` at a shared address lie; the address is an offset, as in PTX.
+inline unsigned char* shared_at(uint32_t address, size_t bytes, size_t alignment) {
+  if (address % alignment) fail("a shared address is not aligned to " + std::to_string(alignment) + " bytes");
+  if (address + bytes > block->shared_bytes) fail("a shared address is outside the shared memory of the block");
+  return shared_memory() + address;
+}
+
+inline void leave() {
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(thread->done ? nullptr : &fake, nullptr, 0);
+#endif
+  Thread* self = thread;
+  Fiber::change(self->fiber, block->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+inline void enter(Thread& t) {
+  thread = &t;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, t.stack, kStack);
+#endif
+  Fiber::change(block->scheduler, t.fiber);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+inline void run_thread() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+  try {
+    block->body();
+    if (!thread->copies.empty()) fail("a thread ended with copies that nothing waited for");
+  } catch (...) {
+    if (!block->error) block->error = std::current_exception();
+  }
+  thread->done = true;
+  for (;;) leave();
+}
+
+inline void sleep_on(const uint64_t& counter) {
+  const uint64_t value = counter;
+  while (counter == value) {
+    thread->asleep_on = &counter;
+    thread->asleep_at = value;
+    leave();
+  }
+  thread->asleep_on = nullptr;
+}
+
+// One member of a group arrives. The last computes for all, with their arguments and places for results.
+template <class Compute>
+void collect(Group& group, const char* what, unsigned place, const void* argument, void* result, Compute compute) {
+  if (group.arrived && group.what != what) fail("threads diverged: " + group.what + " meets " + what);
+  group.what = what;
+  group.argument[place] = argument;
+  group.result[place] = result;
+  if (++group.arrived < group.size) return sleep_on(group.generation);
+  compute(group);
+  group.arrived = 0;
+  ++group.generation;
+}
+
+template <class Compute>
+void collect_warp(const char* what, const void* argument, void* result, Compute compute) {
+  collect(block->warps[thread->warp], what, thread->lane, argument, result, compute);
+}
+
+inline void land(const Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
+}
+
+// ---- the scheduler ---------------------------------------------------------------------------------------------------
+
+inline bool step(Thread& t) {
+  if (t.done || (t.asleep_on && *t.asleep_on == t.asleep_at)) return false;
+  enter(t);
+  if (block->error) std::rethrow_exception(block->error);
+  return true;
+}
+
+inline void run_block(uint64_t random) {
+  for (Thread& t : block->all) {
+    t.done = false;
+    t.asleep_on = nullptr;
+    t.copies.clear();
+    t.committed = 0;
+    t.fiber.start(t.stack, run_thread);
+  }
+  std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
+  std::vector<unsigned> order(block->warps.size());
+  for (unsigned i = 0; i < order.size(); i++) order[i] = i;
+  const auto warp_gets = [](unsigned warp) {
+    bool any = false;
+    for (unsigned i = warp * 32; i < std::min<size_t>(block->all.size(), warp * 32 + 32); i++)
+      any |= step(block->all[i]);
+    return any;
+  };
+  for (;;) {
+    bool any = false;
+    if (seed)
+      for (size_t i = order.size(); i-- > 1;) {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        std::swap(order[i], order[random % (i + 1)]);
+      }
+    for (unsigned warp : order) {
+      any |= warp_gets(warp);
+      while (seed && warp_gets(warp)) any = true;  // alone, as far as it gets
+    }
+    if (any) continue;
+    for (Thread& t : block->all)
+      if (!t.done) fail("threads wait for ever in " + (block->cta.arrived ? block->cta.what : "a warp"));
+    return;
+  }
+}
+
+// kernel<<<grid, threads, shared_bytes>>>(arguments...)
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arguments... arguments) {
+  if (threads % 32) fail("blocks of whole warps are modelled");
+  Block b;
+  b.grid = grid;
+  b.threads = threads;
+  b.all.resize(threads);
+  b.warps.assign(threads / 32, Group(32));
+  b.cta = Group(threads);
+  b.shared_bytes = shared_bytes;
+  b.shared.resize(shared_bytes + 1024);
+  b.body = [&] { kernel(arguments...); };
+  std::unique_ptr<char[]> stacks(new char[threads * kStack]);
+  for (unsigned i = 0; i < threads; i++) {
+    b.all[i].index = i;
+    b.all[i].lane = i % 32;
+    b.all[i].warp = i / 32;
+    b.all[i].stack = stacks.get() + i * kStack;
+  }
+  block = &b;
+  for (unsigned y = 0; y < grid.y; y++)
+    for (unsigned x = 0; x < grid.x; x++) {
+      b.index = {x, y, 0};
+      run_block((seed + 1) * 0x9E3779B97F4A7C15ull + x + y * 7919);
+    }
+  block = nullptr;
+}
+
+inline dim3 thread_index() { return {thread->index, 0, 0}; }
+
+}  // namespace sim
+
+// ---- CUDA's own names ------------------------------------------------------------------------------------------------
+
+#define threadIdx (sim::thread_index())
+#define blockIdx (sim::block->index)
+#define gridDim (sim::block->grid)
+using std::max;
+using std::min;
+
+struct float2 {
+  float x, y;
+};
+
+inline void __syncthreads() {
+  sim::collect(sim::block->cta, "__syncthreads", sim::thread->index, nullptr, nullptr, [](sim::Group&) {});
+}
+
+template <class T, class Source>
+T sim_shuffle(const char* what, T value, Source source) {
+  T result;
+  sim::collect_warp(what, &value, &result, [&](sim::Group& g) {
+    for (unsigned lane = 0; lane < 32; lane++)
+      *static_cast<T*>(g.result[lane]) = *static_cast<const T*>(g.argument[source(lane) & 31]);
+  });
+  return result;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return sim_shuffle("__shfl_xor_sync", value, [=](unsigned lane) { return lane ^ mask; });
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return sim_shuffle("__shfl_sync", value, [=](unsigned) { return unsigned(from); });
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  unsigned result;
+  sim::collect_warp("__ballot_sync", &predicate, &result, [](sim::Group& g) {
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; lane++) bits |= unsigned(*static_cast<const bool*>(g.argument[lane])) << lane;
+    for (void* r : g.result) *static_cast<unsigned*>(r) = bits;
+  });
+  return result;
+}
