@@ -138,3 +138,150 @@ def test_two_sets(masked: bool, link: str, seed: int) -> None:
 def test_shapes(m: int, n: int, d: int, link: str, dtype: torch.dtype, kernels: ModuleType) -> None:
     check(link, two_sets(m, n, d, dtype, False))
     check(link, two_sets(m, n, d, dtype, True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of several panels of columns and tiles of rows, whose sums are added to what earlier panels left."""
+    monkeypatch.setattr(_cuda, "_SPANS", 2)
+    monkeypatch.setattr(_cuda, "_UNITS", 2)
+    check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
+
+
+def test_bits_do_not_depend_on_the_order_of_warps(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "kernels", simulator)
+    pairs = one_set(150, 72, torch.float16)
+    results = []
+    for seed in (*SEEDS, 33):
+        simulator.seed(seed)
+        row, _ = _cuda.reduce("exp", pairs, False)
+        side = (row, torch.ones_like(row))
+        results.append((row, *_cuda.grad("exp", pairs, Sides(*side, *side), True, False, True)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("scale", [200.0, 1500.0])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_that_a_constant_shift_cannot_serve_are_repaired(
+    scale: float, symmetric: bool, kernels: ModuleType
+) -> None:
+    """Logits far below the largest possible one: their exponentials are all 0 under the shift."""
+    x, y = unit(40, 16, torch.bfloat16), unit(40, 16, torch.bfloat16, 1)
+    x[7] = -y.float().mean(0) * 3  # far from everything
+    keys = torch.arange(40)
+    y = x if symmetric else y
+    check("exp", Pairs(x, y, torch.tensor(scale), drop_x=keys, drop_y=keys, symmetric=symmetric), 2e-5)
+
+
+def test_rows_without_pairs_and_nan(kernels: ModuleType) -> None:
+    pairs = two_sets(70, 130, 64, torch.bfloat16, False)
+    none = pairs._replace(drop_x=torch.zeros(70, dtype=torch.long), drop_y=torch.zeros(130, dtype=torch.long))
+    row, col = _cuda.reduce("exp", none, True)
+    assert (row == -torch.inf).all() and (col == -torch.inf).all()
+    x = pairs.x.clone()
+    x[3, 5] = torch.nan
+    row, col = _cuda.reduce("exp", pairs._replace(x=x), True)
+    assert row[3].isnan() and row.isnan().sum() == 1 and col.isnan().all()
+    for empty in (pairs._replace(x=x[:0]), pairs._replace(y=pairs.y[:0])):
+        row, col = _cuda.reduce("exp", empty, True)
+        assert (row == -torch.inf).all() and (col == -torch.inf).all() and len(row) == len(empty.x)
+        sides = Sides(row, torch.ones_like(row), col, torch.ones_like(col))
+        dx, dy, row_sum, col_sum, _ = _cuda.grad("exp", empty, sides, True, True, True)
+        assert dx.shape == empty.x.shape and dy.shape == empty.y.shape and not (dx.any() or dy.any() or row_sum.any())
+        assert not col_sum.any()
+
+
+def test_key_ranges_that_touch_in_one_key(kernels: ModuleType) -> None:
+    """Whole tiles, so that only the ranges of keys can ask for a mask."""
+    keys = torch.cat([torch.full((64,), 5), torch.full((64,), 9)])
+    pairs = Pairs(unit(128, 64, torch.bfloat16), unit(128, 64, torch.bfloat16, 1), torch.tensor(3.0),
+                  drop_x=keys, drop_y=keys.roll(17))  # fmt: skip
+    check("exp", pairs)
+
+
+def test_log_sum_exps_far_apart_keep_their_weights(kernels: ModuleType) -> None:
+    """One exponential cannot serve rows and columns whose results differ by more than fp32 spans."""
+    pairs = Pairs(unit(40, 16, torch.bfloat16), unit(33, 16, torch.bfloat16, 1), torch.tensor(5.0))
+    check("exp", pairs._replace(row_bias=torch.linspace(-150, 150, 40)), 2e-5)
+
+
+@pytest.mark.parametrize("upstream", [1e-9, 1e9])
+def test_fp16_weights_neither_vanish_nor_overflow(upstream: float, kernels: ModuleType) -> None:
+    pairs = Pairs(unit(40, 40, torch.float16), unit(50, 40, torch.float16, 1), torch.tensor(5.0))
+    exact = in_fp64(pairs)
+    for link in LINKS:
+        row, col = chunked.reduce(link, exact, True, True)
+        sides = Sides(row, torch.full_like(row, upstream), col, torch.full_like(col, upstream))
+        got = _cuda.grad(link, pairs, Sides(*(t.float() for t in sides)), True, True, True)
+        for g, w in zip(got, chunked.grad(link, exact, sides, True, True, True), strict=False):
+            assert_close(g, w, 1e-3)
+
+
+def test_the_sum_of_all_rows_in_one_pass(kernels: ModuleType) -> None:
+    pairs = two_sets(70, 90, 48, torch.bfloat16, True)
+    row = chunked.reduce("softplus", in_fp64(pairs), False, True)[0]
+    want = chunked.grad("softplus", in_fp64(pairs), Sides(None, torch.ones_like(row)), True, True, True)
+    dx, dy, row_sum, col_sum, total = _cuda.grad("softplus", pairs, Sides(), True, True, True, want_total=True)
+    for g, w, limit in zip((dx, dy, row_sum, col_sum, total), (*want, row), (4e-3, 4e-3, *[1e-5] * 3), strict=True):
+        assert_close(g, w, limit)
+
+
+def test_memory_around_results_is_left_alone(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a kernel writes lies between guards, and is NaN at first: all of it must be written."""
+    guarded: list[torch.Tensor] = []
+
+    def new(x: torch.Tensor, *shape: int) -> torch.Tensor:
+        count = int(torch.tensor(shape).prod()) if shape else 1
+        whole = torch.full((count + 128,), float("nan"))
+        whole[:64] = whole[-64:] = 7.0
+        guarded.append(whole)
+        return whole[64:-64].view(shape)
+
+    monkeypatch.setattr(_cuda, "_new", new)
+    check("exp", two_sets(70, 150, 40, torch.bfloat16, True))
+    check("exp", one_set(141, 40, torch.bfloat16))
+    assert guarded and all((g[:64] == 7).all() and (g[-64:] == 7).all() for g in guarded)
+
+
+def exercise(simulator: ModuleType) -> None:
+    """Enough of all kernels that nothing they do together can be left out unseen."""
+    for seed in (7, 8, 21):
+        simulator.seed(seed)
+        check("exp", one_set(150, 40, torch.bfloat16))
+        check("softplus", one_set(150, 40, torch.bfloat16))  # sums that nothing repairs
+        check("softplus", two_sets(150, 260, 64, torch.float16, False))
+        # What one warp knows alone: the longest row, the least log-sum-exps, the largest gradient.
+        z = unit(140, 40, torch.bfloat16)
+        z[50] *= 2
+        pairs = Pairs(z, z[:90], torch.tensor(1500.0), row_bias=torch.where(torch.arange(140) // 32 == 3, -150.0, 0.0))
+        call = _cuda._Call("exp", pairs)
+        call.find_bounds(True)
+        assert call.bounds is not None
+        longest = z.float().square().sum(1).max()
+        assert_close(call.bounds.amax(1), torch.stack([longest, longest, torch.tensor(150.0), torch.tensor(0.0)]), 1e-5)
+        check("exp", pairs._replace(scale=torch.tensor(2.0)), 2e-5)
+        check("exp", pairs, 2e-5)
+        half = Pairs(z.half(), z[:90].half(), torch.tensor(2.0))
+        upstream = torch.where(torch.arange(140) == 100, 1.0, 1e-6)
+        dx = _cuda.grad("softplus", half, Sides(None, upstream), True, False, False)[0]
+        want = chunked.grad("softplus", in_fp64(half), Sides(None, upstream.double()), True, False, False)[0]
+        assert_close(dx, want, GRADIENT[torch.float16])
+
+
+def test_no_barrier_wait_or_shuffle_can_be_left_out(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_SPANS", 1)  # so that more tiles pass by than there is room for
+    exercise(kernels)
+    unseen = []
+    try:
+        for number, place in enumerate(kernels.places()):
+            kernels.leave_out(number)
+            try:
+                exercise(kernels)
+                unseen.append(place)
+            except (AssertionError, RuntimeError):
+                pass
+    finally:
+        kernels.leave_out(-1)
+    assert len(kernels.places()) > 12
+    assert not unseen, "\n".join(unseen)

@@ -53,9 +53,10 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
     row_bias[h] = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
   }
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
+  // no split is empty
   const int begin = split * each * BN, end = min(begin + each * BN, p.n);
   copy_rows<BM, D>(q, p.x, row, p.m, p.depth);
-  if (begin < end) copy_rows<BN, D>(tiles, p.y, begin, p.n, p.depth);
+  copy_rows<BN, D>(tiles, p.y, begin, p.n, p.depth);
   ptx::cp_async_commit();
   for (int col = begin, stage = 0; col < end; col += BN, stage ^= 1) {
     if (col + BN < end) {
@@ -122,7 +123,6 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
     }
     __syncthreads();  // the tile and the factors may be overwritten now
   }
-  ptx::cp_async_wait<0>();  // of a split without columns
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = row + warp * 16 + lane / 4 + 8 * h;

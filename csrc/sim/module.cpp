@@ -5,5 +5,15 @@
 PYBIND11_MODULE(_simulated, module) {
   fastcl::cuda::bind(module);
   // Even seeds: asynchronous copies land when they are waited for; odd: at once. Other than 0: warps in a random order.
+  module.def("places", [] {
+    std::vector<std::string> all;
+    for (const auto& [key, name] : sim::places) all.push_back(name);
+    return all;
+  });
+  // Leaves out what stands at a place, by its number in places(); -1: nothing.
+  module.def("leave_out", [](int place) {
+    sim::left_out = {};
+    if (place >= 0) sim::left_out = std::next(sim::places.begin(), place)->first;
+  });
   module.def("seed", [](unsigned seed) { sim::seed = seed; });
 }

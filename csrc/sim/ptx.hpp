@@ -86,7 +86,8 @@ inline void cp_async_16(uint32_t to, const void* from, bool inside) {
 inline void cp_async_commit() { ++sim::thread->committed; }
 
 template <int N>
-void cp_async_wait() {
+void cp_async_wait(sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("cp.async.wait_group", here)) return;
   auto& copies = sim::thread->copies;
   const int landed = sim::thread->committed - N;
   for (const sim::Copy& copy : copies)

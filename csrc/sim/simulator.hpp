@@ -8,6 +8,9 @@
 //     for (which shows a missing wait);
 //   * shared memory is NaN before every block, and an address outside it is an error;
 //   * collectives that diverge, wait for ever, or are given misaligned addresses are errors.
+// Every barrier, wait and shuffle is known by its place in the source, and can be left out at run time: tests leave out one
+// after the other, and each must be missed.
+//
 // It is not a model of time, of caches or of bank conflicts, and races within one warp between two collectives are seen
 // only in the order of lanes.
 #pragma once
@@ -18,9 +21,12 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
+#include <source_location>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -136,6 +142,20 @@ inline thread_local Thread* thread = nullptr;
 inline thread_local unsigned seed = 0;  // even: copies land when they are waited for; odd: at once. 0: threads in turn
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("simulator: " + what); }
+
+// ---- places in the source --------------------------------------------------------------------------------------------
+
+using Here = std::source_location;
+inline std::map<std::pair<std::string, unsigned>, std::string> places;  // (file, line and column) -> "what file:line"
+inline std::pair<std::string, unsigned> left_out;
+
+// Whether what stands at this place is to be done.
+inline bool wanted(const char* what, const Here& here) {
+  const std::string path = here.file_name();
+  const std::pair key{path.substr(path.rfind('/') + 1), here.line() * 256 + here.column()};
+  if (!places.count(key)) places[key] = std::string(what) + " " + key.first + ":" + std::to_string(here.line());
+  return key != left_out;
+}
 
 inline bool copies_land_at_once() { return seed % 2 == 1; }
 
@@ -312,12 +332,14 @@ struct float2 {
   float x, y;
 };
 
-inline void __syncthreads() {
+inline void __syncthreads(sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("__syncthreads", here)) return;
   sim::collect(sim::block->cta, "__syncthreads", sim::thread->index, nullptr, nullptr, [](sim::Group&) {});
 }
 
 template <class T, class Source>
-T sim_shuffle(const char* what, T value, Source source) {
+T sim_shuffle(const char* what, T value, sim::Here here, Source source) {
+  if (!sim::wanted(what, here)) return value;
   T result;
   sim::collect_warp(what, &value, &result, [&](sim::Group& g) {
     for (unsigned lane = 0; lane < 32; lane++)
@@ -327,13 +349,8 @@ T sim_shuffle(const char* what, T value, Source source) {
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  return sim_shuffle("__shfl_xor_sync", value, [=](unsigned lane) { return lane ^ mask; });
-}
-
-template <class T>
-T __shfl_sync(unsigned, T value, int from) {
-  return sim_shuffle("__shfl_sync", value, [=](unsigned) { return unsigned(from); });
+T __shfl_xor_sync(unsigned, T value, int mask, sim::Here here = sim::Here::current()) {
+  return sim_shuffle("__shfl_xor_sync", value, here, [=](unsigned lane) { return lane ^ mask; });
 }
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
