@@ -12,6 +12,9 @@
 #include "doubles.hpp"
 #include "engine.hpp"
 #include "normalize.hpp"
+#ifdef FASTCL_CUDA
+#include "cuda/bindings.hpp"
+#endif
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -141,4 +144,7 @@ PYBIND11_MODULE(_C, module) {
         fastcl::normalize_grad(rows(x), at<void>(length), rows(grad), threads, at<void>(dx));
       },
       Free());
+#ifdef FASTCL_CUDA
+  fastcl::cuda::bind(module.def_submodule("cuda"));
+#endif
 }

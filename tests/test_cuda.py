@@ -110,7 +110,9 @@ def check(link: str, pairs: Pairs, tolerance: float = 1e-5) -> None:
         assert_close(got, want, tolerance)
     rows = (row.masked_fill(row == -torch.inf, torch.inf), torch.linspace(0.5, 1.5, len(row)).double())
     cols = (col.masked_fill(col == -torch.inf, torch.inf), torch.linspace(2, 1, len(col)).double()) if both else rows
-    choices = [Sides(*rows, *cols)] if pairs.symmetric else [Sides(*rows, *cols), Sides(*rows), Sides(None, None, *cols)]
+    choices = (
+        [Sides(*rows, *cols)] if pairs.symmetric else [Sides(*rows, *cols), Sides(*rows), Sides(None, None, *cols)]
+    )
     for sides in choices:
         narrow = Sides(*(t if t is None else t.float() for t in sides))
         got = _cuda.grad(link, pairs, narrow, True, both, True)[:4]

@@ -342,6 +342,28 @@ def test_contrastive_pays_for_the_gradients_that_are_wanted() -> None:
     assert_close(dk, torch.autograd.grad(fastcl.reference.clip(q, k, scale=5.0), k)[0], 1e-5)
 
 
+def test_bounds_hold_lengths_and_biases() -> None:
+    """Asked directly: what a wrong bound spoils in sums, their repair would hide."""
+    x, y = unit(70, 40) * 3, unit(90, 40, seed=1)
+    x[50] *= 2
+    row_bias, col_bias = torch.linspace(-9, 5, 70, device=DEVICE), torch.linspace(-1, 4, 90, device=DEVICE)
+    given = Pairs(x, y, torch.tensor(1.0, device=DEVICE), row_bias=row_bias, col_bias=col_bias)
+    bounds, *_ = triton._bound("exp", given)
+    assert bounds is not None
+    assert_close(bounds.amax(1), torch.tensor([36.0, 1.0, 9.0, 4.0]), 1e-5)
+
+
+def test_key_ranges_that_touch_in_one_key() -> None:
+    """Whole tiles, so that only the ranges of keys can ask for a mask."""
+    keys = torch.cat([torch.full((64,), 5), torch.full((64,), 9)]).to(DEVICE)
+    x, y, scale = unit(128, 32), unit(128, 32, seed=1), torch.tensor(3.0, device=DEVICE)
+    given = Pairs(x, y, scale, drop_x=keys, drop_y=keys.roll(17))
+    for got, want in zip(
+        triton.reduce("exp", given, True, True), chunked.reduce("exp", given, True, True), strict=True
+    ):
+        assert_close(got, want, 1e-6)
+
+
 @each_dtype
 @pytest.mark.parametrize("topk", [1, 2, 7, 100])
 def test_topk_is_in_order_and_the_first_of_equals_first(

@@ -1,12 +1,13 @@
 """CUDA C++ on a GPU (``csrc/cuda``), reached by raw addresses: fp16 and bf16 rows of at most 256 features.
 
 Here stands what is launched. Results are found in the same steps as those of the ``triton`` backend: bounds and key
-ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned by
-blocks of rows. Tests run the same kernels on CPU tensors, in a simulator (``csrc/sim``).
+ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned
+by blocks of rows. Tests run the same kernels on CPU tensors, in a simulator (``csrc/sim``).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,21 +17,25 @@ from torch import Tensor
 from . import Pairs, Sides
 
 try:
-    from .._C import cuda as _kernels  # type: ignore[import-not-found]
+    from .. import _C  # type: ignore[attr-defined]
 except ImportError:
-    _kernels = None
+    _C = None
 
-kernels: ModuleType | None = _kernels
+kernels: ModuleType | None = getattr(_C, "cuda", None)
 _LINKS = {"exp": 0, "softplus": 1}
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # as csrc/kernels.hpp numbers them
 _SPANS = 32  # of rows, and of columns
 _UNITS = _SPANS * (_SPANS + 1) // 2
 _THREADS = 128
+_BUILD_REPORT = Path(__file__).parent.parent / "_cuda_build.txt"
 
 
 def unsupported(op: str, x: Tensor) -> str | None:
     if kernels is None:
-        return "was built without CUDA kernels; pip install fastcl from source where nvcc is found"
+        reason = (
+            _BUILD_REPORT.read_text(encoding="utf-8").partition("\n")[0] if _BUILD_REPORT.exists() else "unknown why"
+        )
+        return f"was built without CUDA kernels ({reason}); pip install fastcl from source where nvcc is found"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "has CUDA kernels for compute capability 8.0 and later only"
     if op == "topk":
@@ -86,10 +91,12 @@ def grad(
     sides = Sides(*(call.keep(t, torch.float32) for t in sides))
     wanted = ((want_dx, want_sums, want_total), (want_dy, want_sums and not pairs.symmetric, False))
     if m == 0 or n == 0:
-        shapes = [(count, d) if i == 0 else (count,) for count in (m, n) for i in range(3)]
-        zeros = [_new(pairs.x, *s).zero_() if w else _new(pairs.x, 0)
-                 for s, w in zip(shapes, (*wanted[0], *wanted[1]), strict=True)]  # fmt: skip
-        return zeros[0], zeros[3], zeros[1], zeros[4], zeros[2]
+
+        def zeros(want: bool, *shape: int) -> Tensor:
+            return _new(pairs.x, *(shape if want else (0,))).zero_()
+
+        dx, dy = zeros(want_dx, m, d), zeros(want_dy, n, d)
+        return dx, dy, zeros(want_sums, m), zeros(want_sums, n), zeros(want_total, m)
     call.find_bounds(False)
     balance = _new(pairs.x, 3)
     side_addresses = tuple(map(_address, sides))
@@ -113,6 +120,15 @@ def grad(
         call.launch("grad", programs, *tuples, call.dtype, call.link, _address(balance))
     dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in results)
     return dx, dy, row_sum, row_sum.clone() if pairs.symmetric else col_sum, total
+
+
+def reduce_grad(
+    link: str, pairs: Pairs, want_dx: bool, want_dy: bool, want_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    if link != "softplus":
+        return None
+    dx, dy, row_sum, _, row = grad(link, pairs, Sides(), want_dx, want_dy, want_sums, want_total=True)
+    return row, dx, dy, row_sum
 
 
 def processors(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""C++ on the CPU (``csrc/``), reached by raw addresses: fp32, bf16, fp16 and fp64 rows.
+"""C++ on the CPU (``csrc/``), reached by raw addresses: fp32, bf16, fp16 and fp64 rows. CUDA C++ is in ``_cuda``.
 
 A logit is turned into its exponential while it is still in registers. The forward keeps its packed operands and
 those exponentials, tile by tile, while they fit into a workspace (256 MiB, or ``FASTCL_WORKSPACE_MB``); a backward
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _settings
-from . import Pairs, Sides
+from . import Pairs, Sides, _cuda, chunked
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -59,16 +59,20 @@ def isa() -> str:
 
 
 def unsupported(op: str, x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"needs CPU tensors, got {x.device.type}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"needs CPU or CUDA tensors, got {x.device.type}"
     if _C is None:
         return status()
+    if x.is_cuda:
+        return _cuda.unsupported(op, x)
     if x.dtype not in _DTYPES:
         return f"has no kernels for {x.dtype}"
     return None
 
 
 def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    if pairs.x.is_cuda:
+        return _cuda.reduce(link, pairs, both)
     if pairs.x.dtype == torch.float64:
         row = _double_reduce(link, pairs)
         return row, _double_reduce(link, pairs.swapped()) if both else row.new_empty(0)
@@ -89,6 +93,8 @@ def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Ten
 def grad(
     link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if pairs.x.is_cuda:
+        return _cuda.grad(link, pairs, sides, want_dx, want_dy, want_sums)[:4]
     if pairs.x.dtype == torch.float64:
         dx, row_sum = _double_grad(link, pairs, sides, want_dx, want_sums)
         if pairs.symmetric:
@@ -115,6 +121,8 @@ def grad(
 def reduce_grad(
     link: str, pairs: Pairs, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    if pairs.x.is_cuda:
+        return _cuda.reduce_grad(link, pairs, want_dx, want_dy, want_sums)
     if link != "exp" or not want_dx or want_dy or pairs.x.dtype == torch.float64:
         return None
     call = _Call(pairs)
@@ -141,12 +149,16 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:
+        return chunked.normalize(x)
     unit, length = _new(*x.shape, dtype=x.dtype), _new(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     _C.normalize(_rows(x.detach()), torch.get_num_threads(), unit.data_ptr(), length.data_ptr())
     return unit, length
 
 
 def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
+    if x.is_cuda:
+        return chunked.normalize_grad(x, length, grad)
     dx = _new(*x.shape, dtype=x.dtype)
     rows = _rows(x.detach()), length.data_ptr(), _rows(grad.detach())
     _C.normalize_grad(*rows, torch.get_num_threads(), dx.data_ptr())
