@@ -451,8 +451,6 @@ def test_a_backend_that_cannot_says_why() -> None:
     q = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
     with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs float32.*got torch.float64"):
         pair_logsumexp(q, scale=1.0)
-    with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match="no kernel for more than one"):
-        pair_topk(q.float(), topk=2)
     with pytest.raises(ValueError, match="got backend 'numpy'"), fastcl.use_backend("numpy"):
         pass
     assert "triton" not in fastcl.available_backends(q)
