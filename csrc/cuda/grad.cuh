@@ -3,7 +3,7 @@
 // leave the registers. Too few blocks for the device: columns are split, and the splits are added afterwards, in order.
 #pragma once
 
-#include "pairs.cuh"
+#include "tile.cuh"
 
 namespace fastcl::cuda {
 
@@ -11,47 +11,20 @@ namespace fastcl::cuda {
 template <int D>
 constexpr int kGradShared = kTileBytes<kGradRows, D> + 2 * kTileBytes<kGradCols<D>, D> + 2 * 2 * kGradCols<D> * 4;
 
-// Of the row results: upstream gradient times gain, that times 2^(middle - lse), and lse in base 2.
-struct Side {
-  float grad, scaled, lse;
-};
-
-template <Link L>
-__device__ __forceinline__ Side side_of(const float* lse, const float* grad, int i, int count, float middle,
-                                        float gain) {
-  Side s{0.0f, 0.0f, 0.0f};
-  if (!grad || i >= count) return s;
-  s.grad = grad[i] * gain;
-  if constexpr (L == Link::exp) {
-    s.lse = lse[i] * kLog2E;
-    s.scaled = s.grad * ptx::exp2(middle - s.lse);
-  }
-  return s;
-}
-
 template <Dtype T, int D, Link L>
-__device__ __forceinline__ void grad_rows(const GradSide& side, const float* balance, int program) {
+__device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& balance, int program) {
   constexpr int BM = kGradRows, BN = kGradCols<D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   unsigned char* shared = ptx::shared_memory();
   const uint32_t q = ptx::shared_address(shared), tiles = q + kTileBytes<BM, D>;
   float* col_sides = reinterpret_cast<float*>(shared + kTileBytes<BM, D> + 2 * kTileBytes<BN, D>);  // [2][2][BN]
   const Pairs& p = side.pairs;
-  const Sides& sides = side.sides;
   const int row = program % side.blocks * BM, split = program / side.blocks;
-  const float scale = *p.scale, middle = balance[0], gain = balance[2];
-  const bool wide = balance[1] > 0.0f, of_rows = sides.row_grad, of_cols = sides.col_grad;
-  const bool base2 = L == Link::exp && !p.row_ceiling && !p.col_ceiling;
-  const float unit = base2 ? kLog2E : 1.0f, to_base2 = base2 ? 1.0f : kLog2E, factor = scale * unit;
+  const int first_row = row + warp * 16 + lane / 4;
+  const Logits to = logits_of<L>(p);
+  const RowFactors<L> row_factors(side, to, first_row, balance);
 
-  float out[D / 8][4] = {}, weight_total[2] = {}, total[2] = {}, row_bias[2];
-  Side own[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int r = row + warp * 16 + lane / 4 + 8 * h;
-    own[h] = side_of<L>(sides.row_lse, sides.row_grad, r, p.m, middle, gain);
-    row_bias[h] = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
-  }
+  float out[D / 8][4] = {}, weight_total[2] = {}, total[2] = {};
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
   // no split is empty
   const int begin = split * each * BN, end = min(begin + each * BN, p.n);
@@ -63,13 +36,9 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
       copy_rows<BN, D>(tiles + (stage ^ 1) * kTileBytes<BN, D>, p.y, col + BN, p.n, p.depth);
       ptx::cp_async_commit();
     }
-    // What the weights of a column need: its gradient, and its scaled gradient or its log-sum-exp.
     float* factors = col_sides + stage * 2 * BN;
-    if (of_cols && threadIdx.x < BN) {
-      const Side s = side_of<L>(sides.col_lse, sides.col_grad, col + threadIdx.x, p.n, middle, gain);
-      factors[threadIdx.x] = L == Link::softplus || wide || !of_rows ? s.grad : s.scaled;
-      factors[BN + threadIdx.x] = s.lse;
-    }
+    if (side.sides.col_grad && threadIdx.x < BN)
+      column_factors<L, BN>(factors + threadIdx.x, side, col + threadIdx.x, balance);
     if (col + BN < end)
       ptx::cp_async_wait<1>();
     else
@@ -79,32 +48,11 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
     float w[BN / 8][4];
     products<T, D, BN>(w, q, tile);
     const bool masked = needs_mask<BM, BN>(p, row, col);
+    weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, col + lane % 4 * 2, masked,
+                         total);
+    if (side.sum)
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int b = 0; b < BN / 8; b++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int r = row + warp * 16 + lane / 4 + 8 * h, at = b * 8 + lane % 4 * 2 + e, c = col + at;
-          float v = w[b][2 * h + e] * factor + row_bias[h];
-          if (p.col_bias) v += c < p.n ? p.col_bias[c] * unit : 0.0f;
-          const bool forgotten = masked && !kept(p, r, c, v);
-          if constexpr (L == Link::softplus) {
-            if (side.total && !forgotten) total[h] += softplus(v);
-            const float both = (of_rows ? own[h].grad : 0.0f) + (of_cols ? factors[at] : 0.0f);
-            v = sigmoid(v) * (of_rows || of_cols ? both : gain);  // with no gradients at all: of the sum over all rows
-          } else {
-            v *= to_base2;
-            if (of_rows && of_cols)
-              v = wide ? own[h].grad * ptx::exp2(v - own[h].lse) + factors[at] * ptx::exp2(v - factors[BN + at])
-                       : ptx::exp2(v - middle) * (own[h].scaled + factors[at]);
-            else
-              v = of_rows ? own[h].grad * ptx::exp2(v - own[h].lse) : factors[at] * ptx::exp2(v - factors[BN + at]);
-          }
-          v = forgotten ? 0.0f : v;
-          weight_total[h] += v;
-          w[b][2 * h + e] = v;
-        }
+      for (int i = 0; i < BN / 2; i++) weight_total[i / 2 % 2] += w[i / 4][i % 4];
     if (side.out) {
       // Two neighbouring accumulators of the first product are one operand of the second.
 #pragma unroll
@@ -125,7 +73,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int r = row + warp * 16 + lane / 4 + 8 * h;
+    const int r = first_row + 8 * h;
     float sums[2] = {weight_total[h], total[h]};
 #pragma unroll
     for (float& v : sums) {
@@ -134,7 +82,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
     }
     if (r >= p.m) continue;
     const i64 at = i64(split) * p.m + r;
-    if (side.sum && lane % 4 == 0) side.sum[at] = sums[0] / gain;
+    if (side.sum && lane % 4 == 0) side.sum[at] = sums[0] / balance.gain;
     if (side.total && lane % 4 == 0) side.total[at] = sums[1];
     if (!side.out) continue;
 #pragma unroll
@@ -142,7 +90,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
       const int feature = d + lane % 4 * 2;
       if (feature >= p.depth) break;
       *reinterpret_cast<float2*>(side.out + at * p.depth + feature) =
-          float2{out[d / 8][2 * h] / gain, out[d / 8][2 * h + 1] / gain};
+          float2{out[d / 8][2 * h] / balance.gain, out[d / 8][2 * h + 1] / balance.gain};
     }
   }
 }
@@ -153,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(const __grid_constant__ 
                                                         const __grid_constant__ GradSide cols, const float* balance) {
   const int of_rows = rows.blocks * rows.splits;
   const bool is_row = int(blockIdx.x) < of_rows;
-  grad_rows<T, D, L>(is_row ? rows : cols, balance, blockIdx.x - (is_row ? 0 : of_rows));
+  grad_rows<T, D, L>(is_row ? rows : cols, balance_from(balance), blockIdx.x - (is_row ? 0 : of_rows));
 }
 
 }  // namespace fastcl::cuda

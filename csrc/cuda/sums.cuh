@@ -1,7 +1,7 @@
 // Sums over rows, and in the same pass over columns, for sm_80 and later: mma.sync and cp.async.
 #pragma once
 
-#include "pairs.cuh"
+#include "tile.cuh"
 
 namespace fastcl::cuda {
 
@@ -19,11 +19,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
   unsigned char* shared = ptx::shared_memory();
   const uint32_t panel = ptx::shared_address(shared), tiles = panel + kTileBytes<BN, D>;
   float* col_sums = reinterpret_cast<float*>(shared + kTileBytes<BN, D> + 2 * kTileBytes<BM, D>);  // [kWarps][BN]
-  const float scale = *p.scale;
-  const float shift = L == Link::exp ? constant_shift(plan.bounds, scale, plan.room) : 0.0f;
-  // Natural logits are needed by ceilings and softplus only; otherwise one multiplication gives those of base 2.
-  const bool base2 = L == Link::exp && !p.row_ceiling && !p.col_ceiling;
-  const float unit = base2 ? kLog2E : 1.0f, to_base2 = base2 ? 1.0f : kLog2E, factor = scale * unit;
+  const Logits to = logits_of<L>(p);
+  const float shift = L == Link::exp ? constant_shift(plan.bounds, *p.scale, plan.room) : 0.0f;
 
   for (int index = blockIdx.x; index < plan.units; index += gridDim.x) {
     int i, j;
@@ -60,49 +57,18 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
         const bool off_diagonal = !p.symmetric || row / SQUARE != col / SQUARE;
         const bool for_cols = plan.col_parts && off_diagonal;
         all_kept |= for_cols && !masked;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int r = row + warp * 16 + lane / 4 + 8 * h;
-          const float row_bias = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
-          float total = 0.0f;
-#pragma unroll
-          for (int b = 0; b < BN / 8; b++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const int c = col + b * 8 + lane % 4 * 2 + e;
-              float v = s[b][2 * h + e] * factor + row_bias;
-              if (p.col_bias) v += c < p.n ? p.col_bias[c] * unit : 0.0f;
-              const bool forgotten = masked && !kept(p, r, c, v);
-              if constexpr (L == Link::exp) {
-                // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
-                v = v * to_base2 - shift;
-                v = masked ? ptx::exp2(v < -126.0f ? -126.0f : v) : ptx::exp2(v);
-              } else {
-                v = softplus(v);
-              }
-              v = forgotten ? 0.0f : v;
-              total += v;
-              if (for_cols) col_total[b][e] += v;
-            }
-          total += __shfl_xor_sync(kAll, total, 1);
-          total += __shfl_xor_sync(kAll, total, 2);
-          if (L == Link::exp && !masked && total < kTiny) total = kTiny;
-          if (lane % 4 == 0 && r < p.m) row_part[r] = total + (row < visited ? row_part[r] : 0.0f);
-        }
+        const int r = row + warp * 16 + lane / 4;
+        float total[2];
+        add_tile<L, BN, 0>(p, to, s, r, col + lane % 4 * 2, shift, masked, for_cols, total, col_total);
+        across_columns<L>(total, !masked);
+        if (lane % 4 == 0)
+          for (int h = 0; h < 2; h++)
+            if (const int at = r + 8 * h; at < p.m) row_part[at] = total[h] + (row < visited ? row_part[at] : 0.0f);
         __syncthreads();  // the tile may be overwritten now
       }
       visited = stop;
       if (!plan.col_parts) continue;
-#pragma unroll
-      for (int b = 0; b < BN / 8; b++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float total = col_total[b][e];
-          total += __shfl_xor_sync(kAll, total, 4);
-          total += __shfl_xor_sync(kAll, total, 8);
-          total += __shfl_xor_sync(kAll, total, 16);
-          if (lane < 4) col_sums[warp * BN + b * 8 + lane * 2 + e] = total;
-        }
+      across_rows<BN>(col_total, col_sums + warp * BN);
       __syncthreads();
       float* col_part = plan.col_parts + i64(p.symmetric && i == j ? plan.row_spans : i) * p.n;
       for (int c = threadIdx.x; c < BN && col + c < p.n; c += kThreads) {

@@ -2,7 +2,6 @@
 // ldmatrix and mma.m16n8k16.
 #pragma once
 
-#include "../elements.hpp"
 #include "simulator.hpp"
 
 namespace fastcl::ptx {

@@ -36,6 +36,8 @@
 #include <ucontext.h>
 #endif
 
+#include "../elements.hpp"
+
 #define __global__
 #define __device__
 #define __host__
@@ -331,6 +333,9 @@ using std::min;
 struct float2 {
   float x, y;
 };
+
+inline int __float_as_int(float v) { return int(fastcl::as_bits(v)); }
+inline float __int_as_float(int v) { return fastcl::as_float(uint32_t(v)); }
 
 inline void __syncthreads(sim::Here here = sim::Here::current()) {
   if (!sim::wanted("__syncthreads", here)) return;

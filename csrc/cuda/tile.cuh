@@ -1,0 +1,215 @@
+// What becomes of a tile of inner products in registers. mma.sync and wgmma leave a warp its 16 rows and BN columns in the
+// same places: s[b][2 h + e] belongs to row lane / 4 + 8 h and column 8 b + 2 (lane % 4) + e. So the kernels of sm_80 and
+// of Hopper share what follows. `row` and `col` are those of a thread's first number.
+#pragma once
+
+#include "pairs.cuh"
+
+namespace fastcl::cuda {
+
+// How an inner product becomes a logit. Ceilings and softplus need natural logits; otherwise one multiplication gives
+// those of base 2.
+struct Logits {
+  float factor, unit, to_base2;
+  bool plain;  // an exponential of one fused multiply-add, wherever no pair is forgotten
+};
+
+template <Link L>
+__device__ __forceinline__ Logits logits_of(const Pairs& p) {
+  const bool base2 = L == Link::exp && !p.row_ceiling && !p.col_ceiling;
+  const float unit = base2 ? kLog2E : 1.0f;
+  return {*p.scale * unit, unit, base2 ? 1.0f : kLog2E, base2 && !p.col_bias};
+}
+
+__device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, int row) {
+  return p.row_bias && row < p.m ? p.row_bias[row] * to.unit : 0.0f;
+}
+
+// 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number, which
+// becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
+__device__ __forceinline__ float exp2_by_polynomial(float v) {
+  constexpr float kWhole = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it has no fraction; and an exponent's bias
+  v = v < -126.0f ? -126.0f : v;                  // a NaN stays
+  const float whole = v + kWhole, f = v - (whole - kWhole);
+  float power = fmaf(0.00957010221f, f, 0.0559178591f);
+  power = fmaf(power, f, 0.240247443f);
+  power = fmaf(power, f, 0.693121791f);
+  power = fmaf(power, f, 0.999999285f);
+  return power * __int_as_float(__float_as_int(whole) << 23);
+}
+
+// 2^v for the number at `index` of a tile. Where exponentials would keep the matrix units waiting, one in SHARE is taken
+// off the special function units; 0: none.
+template <int SHARE>
+__device__ __forceinline__ float exponential(float v, int index) {
+  if constexpr (SHARE > 0)
+    if (index % SHARE == SHARE - 1) return exp2_by_polynomial(v);
+  return ptx::exp2(v);
+}
+
+// Adds a tile to the sums of its rows, for this thread's columns, and of its columns, for this thread's rows.
+template <Link L, int BN, int SHARE>
+__device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const float (&s)[BN / 8][4], int row, int col,
+                                         float shift, bool masked, bool for_cols, float (&row_total)[2],
+                                         float (&col_total)[BN / 8][2]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = row + 8 * h;
+    const float row_bias = row_bias_of(p, to, r), offset = row_bias - shift;
+    row_total[h] = 0.0f;
+    if (L == Link::exp && to.plain && !masked) {
+#pragma unroll
+      for (int i = 0; i < BN / 4; i++) {
+        const float v = exponential<SHARE>(fmaf(s[i / 2][2 * h + i % 2], to.factor, offset), i);
+        row_total[h] += v;
+        if (for_cols) col_total[i / 2][i % 2] += v;
+      }
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < BN / 4; i++) {
+      const int c = col + i / 2 * 8 + i % 2;
+      float v = s[i / 2][2 * h + i % 2] * to.factor + row_bias;
+      if (p.col_bias) v += c < p.n ? p.col_bias[c] * to.unit : 0.0f;
+      const bool forgotten = masked && !kept(p, r, c, v);
+      if constexpr (L == Link::exp) {
+        // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
+        v = v * to.to_base2 - shift;
+        v = masked ? ptx::exp2(v < -126.0f ? -126.0f : v) : ptx::exp2(v);
+      } else {
+        v = softplus(v);
+      }
+      v = forgotten ? 0.0f : v;
+      row_total[h] += v;
+      if (for_cols) col_total[i / 2][i % 2] += v;
+    }
+  }
+}
+
+// The sums of this thread's two rows over the whole tile; `kept`: whether every pair was.
+template <Link L>
+__device__ __forceinline__ void across_columns(float (&row_total)[2], bool all_kept) {
+#pragma unroll
+  for (float& total : row_total) {
+    total += __shfl_xor_sync(kAll, total, 1);
+    total += __shfl_xor_sync(kAll, total, 2);
+    if (L == Link::exp && all_kept && total < kTiny) total = kTiny;
+  }
+}
+
+// Leaves the sums of a warp's 16 rows over every column at `sums` (BN).
+template <int BN>
+__device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2], float* sums) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < BN / 4; i++) {
+    float total = col_total[i / 2][i % 2];
+    total += __shfl_xor_sync(kAll, total, 4);
+    total += __shfl_xor_sync(kAll, total, 8);
+    total += __shfl_xor_sync(kAll, total, 16);
+    if (lane < 4) sums[i / 2 * 8 + lane * 2 + i % 2] = total;
+  }
+}
+
+// ---- gradients -------------------------------------------------------------------------------------------------------
+
+// Of one row result: upstream gradient times gain, that times 2^(middle - lse), and lse in base 2.
+struct Upstream {
+  float grad, scaled, lse;
+};
+
+// What balance_kernel found.
+struct Balance {
+  float middle;
+  bool wide;
+  float gain;
+};
+
+__device__ __forceinline__ Balance balance_from(const float* balance) {
+  return {balance[0], balance[1] > 0.0f, balance[2]};
+}
+
+template <Link L>
+__device__ __forceinline__ Upstream upstream_of(const float* lse, const float* grad, int i, int count,
+                                                const Balance& balance) {
+  Upstream u{0.0f, 0.0f, 0.0f};
+  if (!grad || i >= count) return u;
+  u.grad = grad[i] * balance.gain;
+  if constexpr (L == Link::exp) {
+    u.lse = lse[i] * kLog2E;
+    u.scaled = u.grad * ptx::exp2(balance.middle - u.lse);
+  }
+  return u;
+}
+
+// Writes what the weights of a column need: factors[0] its gradient or scaled gradient, factors[BN] its log-sum-exp.
+template <Link L, int BN>
+__device__ __forceinline__ void column_factors(float* factors, const GradSide& side, int col, const Balance& balance) {
+  const Sides& sides = side.sides;
+  const Upstream u = upstream_of<L>(sides.col_lse, sides.col_grad, col, side.pairs.n, balance);
+  factors[0] = L == Link::softplus || balance.wide || !sides.row_grad ? u.grad : u.scaled;
+  factors[BN] = u.lse;
+}
+
+// What the weights of a thread's two rows need.
+template <Link L>
+struct RowFactors {
+  Upstream own[2];
+  float bias[2];
+
+  __device__ __forceinline__ RowFactors(const GradSide& side, const Logits& to, int row, const Balance& balance) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      own[h] = upstream_of<L>(side.sides.row_lse, side.sides.row_grad, row + 8 * h, side.pairs.m, balance);
+      bias[h] = row_bias_of(side.pairs, to, row + 8 * h);
+    }
+  }
+};
+
+// Turns inner products into weights, in place. `factors` are those of this thread's first column. Results of rows, where
+// they are wanted, are added to `total`.
+template <Link L, int BN, int SHARE>
+__device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& to, const Balance& balance,
+                                           const RowFactors<L>& rows, const float* factors, float (&w)[BN / 8][4],
+                                           int row, int col, bool masked, float (&total)[2]) {
+  const Pairs& p = side.pairs;
+  const bool of_rows = side.sides.row_grad, of_cols = side.sides.col_grad, both = of_rows && of_cols;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const Upstream& own = rows.own[h];
+    if (L == Link::exp && to.plain && !masked && of_rows && !(of_cols && balance.wide)) {
+      const float offset = rows.bias[h] - (both ? balance.middle : own.lse), mine = both ? own.scaled : own.grad;
+#pragma unroll
+      for (int i = 0; i < BN / 4; i++) {
+        float& v = w[i / 2][2 * h + i % 2];
+        const float factor = both ? mine + factors[i / 2 * 8 + i % 2] : mine;
+        v = exponential<SHARE>(fmaf(v, to.factor, offset), i) * factor;
+      }
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < BN / 4; i++) {
+      const int at = i / 2 * 8 + i % 2, r = row + 8 * h, c = col + at;
+      float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h];
+      if (p.col_bias) v += c < p.n ? p.col_bias[c] * to.unit : 0.0f;
+      const bool forgotten = masked && !kept(p, r, c, v);
+      if constexpr (L == Link::softplus) {
+        if (side.total && !forgotten) total[h] += softplus(v);
+        const float upstream = (of_rows ? own.grad : 0.0f) + (of_cols ? factors[at] : 0.0f);
+        // with no gradients at all: of the sum over all rows
+        v = sigmoid(v) * (of_rows || of_cols ? upstream : balance.gain);
+      } else {
+        v *= to.to_base2;
+        if (both && !balance.wide) {
+          v = ptx::exp2(v - balance.middle) * (own.scaled + factors[at]);
+        } else {
+          const float of_row = of_rows ? own.grad * ptx::exp2(v - own.lse) : 0.0f;
+          v = of_row + (of_cols ? factors[at] * ptx::exp2(v - factors[BN + at]) : 0.0f);
+        }
+      }
+      w[i / 2][2 * h + i % 2] = forgotten ? 0.0f : v;
+    }
+  }
+}
+
+}  // namespace fastcl::cuda
