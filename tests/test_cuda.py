@@ -17,18 +17,18 @@ from fastcl.backends import Pairs, Sides, _cuda, chunked
 from .oracle import assert_close
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ("sums", "grad", "vectors")
+SOURCES = ("sums", "grad", "vectors", "hopper_sums", "hopper_grad")
 LINKS = ("exp", "softplus")
 # Of a gradient, whose weights are rounded to the dtype of the rows before they are multiplied.
 GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 each_dtype = pytest.mark.parametrize("dtype", list(GRADIENT))
-SEEDS = (0, 7, 8)
+SEEDS = (0, 7, 8, 21)  # both kinds of asynchronous work late, early, late, and copies early, products late
 
 
 def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     """Compile the kernels for the simulator and load them."""
     pybind11 = pytest.importorskip("pybind11", reason="the simulator's Python module is made with pybind11")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE", "-DFASTCL_HOPPER"]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def compile_one(source: Path) -> str:
@@ -55,6 +55,12 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     if sys.platform != "linux":
         pytest.skip("the simulator is built with g++ on Linux")
     return build(tmp_path_factory.mktemp("simulator"))
+
+
+@pytest.fixture(params=["ampere", "hopper"], autouse=True)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(_cuda, "family", lambda device: request.param)
+    return str(request.param)
 
 
 @pytest.fixture(params=SEEDS)

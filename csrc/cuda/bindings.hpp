@@ -55,29 +55,52 @@ inline FinishSide finish_side_from(const FinishSideTuple& t) {
   return {pairs_from(pairs), pointer<const float>(vectors[0]), pointer<float>(vectors[1]), counts[0], counts[1]};
 }
 
+using SumsFunction = void (*)(const Pairs&, Dtype, Link, const Sums&, Target);
+using GradFunction = void (*)(const GradSide&, const GradSide&, Dtype, Link, const float*, Target);
+
+// One pair of kernels for sums and gradients, and the tiles that the plan must know: rows and columns of both, and how many
+// parts of the sums over rows a span of columns has.
+inline void bind_products(pybind11::module_ module, const char* name, SumsFunction sums, GradFunction grad,
+                          std::array<int, 5> (*tiles)(int depth)) {
+  using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
+  module = module.def_submodule(name);
+  module.def("tiles", tiles);
+  module.def("sums",
+             [=](const PairsTuple& pairs, int dtype, int link, const std::array<Address, 3>& vectors,
+                 const std::array<int, 5>& plan, int blocks, Address stream) {
+               const auto& [room, row_span, col_span, row_spans, units] = plan;
+               const Sums to{pointer<const float>(vectors[0]), pointer<float>(vectors[1]), pointer<float>(vectors[2]),
+                             room, row_span, col_span, row_spans, units};
+               sums(pairs_from(pairs), Dtype(dtype), Link(link), to, {blocks, pointer<void>(stream)});
+             },
+             Free());
+  module.def("grad",
+             [=](const GradSideTuple& rows, const GradSideTuple& cols, int dtype, int link, Address balance, int blocks,
+                 Address stream) {
+               grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link), pointer<const float>(balance),
+                    {blocks, pointer<void>(stream)});
+             },
+             Free());
+}
+
 inline void bind(pybind11::module_ module) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.attr("parts") = kParts;
   module.attr("keys_in_a_range") = kRange;
   module.attr("deepest") = kDeepest;
-  module.attr("sums_rows") = kSumsRows;
-  module.attr("grad_rows") = kGradRows;
-  module.def("sums_cols", sums_cols);
-  module.def("grad_cols", grad_cols);
+  bind_products(module, "ampere", sums, grad, [](int depth) {
+    return std::array{kSumsRows, sums_cols(depth), kGradRows, grad_cols(depth), 1};
+  });
+#ifdef FASTCL_HOPPER
+  bind_products(module, "hopper", hopper_sums, hopper_grad, [](int depth) {
+    return std::array{kHopperSumsRows, kHopperSumsCols, kHopperGradRows, hopper_grad_cols(depth), 2};
+  });
+#endif
   module.def("bounds",
              [](const PairsTuple& pairs, int dtype, Address bounds, Address row_ranges, Address col_ranges, int blocks,
                 Address stream) {
                cuda::bounds(pairs_from(pairs), Dtype(dtype), pointer<float>(bounds), pointer<i64>(row_ranges),
                             pointer<i64>(col_ranges), {blocks, pointer<void>(stream)});
-             },
-             Free());
-  module.def("sums",
-             [](const PairsTuple& pairs, int dtype, int link, const std::array<Address, 3>& vectors,
-                const std::array<int, 5>& plan, int blocks, Address stream) {
-               const auto& [room, row_span, col_span, row_spans, units] = plan;
-               const Sums sums{pointer<const float>(vectors[0]), pointer<float>(vectors[1]), pointer<float>(vectors[2]),
-                               room, row_span, col_span, row_spans, units};
-               cuda::sums(pairs_from(pairs), Dtype(dtype), Link(link), sums, {blocks, pointer<void>(stream)});
              },
              Free());
   module.def("finish",
@@ -92,13 +115,6 @@ inline void bind(pybind11::module_ module) {
                 Address stream) {
                cuda::balance(pairs_from(pairs), Dtype(dtype), Link(link), sides_from(sides), pointer<float>(balance),
                              {blocks, pointer<void>(stream)});
-             },
-             Free());
-  module.def("grad",
-             [](const GradSideTuple& rows, const GradSideTuple& cols, int dtype, int link, Address balance, int blocks,
-                Address stream) {
-               cuda::grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link),
-                          pointer<const float>(balance), {blocks, pointer<void>(stream)});
              },
              Free());
 }

@@ -50,16 +50,12 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& b
     const bool masked = needs_mask<BM, BN>(p, row, col);
     weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, col + lane % 4 * 2, masked,
                          total);
-    if (side.sum)
-#pragma unroll
-      for (int i = 0; i < BN / 2; i++) weight_total[i / 2 % 2] += w[i / 4][i % 4];
+    add_weights<BN>(w, side.sum, weight_total);
     if (side.out) {
-      // Two neighbouring accumulators of the first product are one operand of the second.
 #pragma unroll
       for (int k = 0; k < BN; k += 16) {
-        const float(&low)[4] = w[k / 8], (&high)[4] = w[k / 8 + 1];
-        const uint32_t a[4] = {ptx::narrow2<T>(low[0], low[1]), ptx::narrow2<T>(low[2], low[3]),
-                               ptx::narrow2<T>(high[0], high[1]), ptx::narrow2<T>(high[2], high[3])};
+        uint32_t a[4];
+        pack_operand<T>(a, w[k / 8], w[k / 8 + 1]);
 #pragma unroll
         for (int d = 0; d < D; d += 16) {
           uint32_t y[4];
@@ -71,28 +67,8 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& b
     }
     __syncthreads();  // the tile and the factors may be overwritten now
   }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int r = first_row + 8 * h;
-    float sums[2] = {weight_total[h], total[h]};
-#pragma unroll
-    for (float& v : sums) {
-      v += __shfl_xor_sync(kAll, v, 1);
-      v += __shfl_xor_sync(kAll, v, 2);
-    }
-    if (r >= p.m) continue;
-    const i64 at = i64(split) * p.m + r;
-    if (side.sum && lane % 4 == 0) side.sum[at] = sums[0] / balance.gain;
-    if (side.total && lane % 4 == 0) side.total[at] = sums[1];
-    if (!side.out) continue;
-#pragma unroll
-    for (int d = 0; d < D; d += 8) {
-      const int feature = d + lane % 4 * 2;
-      if (feature >= p.depth) break;
-      *reinterpret_cast<float2*>(side.out + at * p.depth + feature) =
-          float2{out[d / 8][2 * h] / balance.gain, out[d / 8][2 * h + 1] / balance.gain};
-    }
-  }
+  store_totals(side, balance, first_row, split, weight_total, total);
+  store_rows(side, balance, first_row, split, 0, out);
 }
 
 // Blocks take the rows, and after them the columns, which are the rows of the transposed matrix.

@@ -24,7 +24,9 @@ struct Pairs {
 // One launch of sums: how the matrix is cut into units of row_span x col_span, numbered down the columns.
 struct Sums {
   const float* bounds;
-  float *row_parts, *col_parts;  // (column spans, M), (row spans, N); one set: both (spans + 1, N), the same
+  // (column spans, M), (row spans, N); one set: both (spans + 1, N), the same. Hopper's kernel leaves two parts where this
+  // says (column) spans.
+  float *row_parts, *col_parts;
   int room, row_span, col_span, row_spans, units;
 };
 
@@ -61,11 +63,17 @@ void finish(const FinishSide& rows, const FinishSide& cols, Dtype, Link, const f
 void balance(const Pairs&, Dtype, Link, const Sides&, float* balance, Target);
 void grad(const GradSide& rows, const GradSide& cols, Dtype, Link, const float* balance, Target);
 
+// The same by wgmma and the copy engine, in libraries built for sm_90a.
+void hopper_sums(const Pairs&, Dtype, Link, const Sums&, Target);
+void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, const float* balance, Target);
+
 // Rows and columns of a tile, which the plan must know.
 constexpr int kSumsRows = 64, kGradRows = 64;
+constexpr int kHopperSumsRows = 64, kHopperSumsCols = 256, kHopperGradRows = 128;
 constexpr int kDeepest = 256;
 constexpr int sums_cols(int depth) { return depth <= 128 ? 128 : 64; }
 constexpr int grad_cols(int depth) { return depth <= 128 ? 64 : 32; }
+constexpr int hopper_grad_cols(int depth) { return depth <= 128 ? 128 : 64; }
 template <int D>
 constexpr int kSumsCols = sums_cols(D);
 template <int D>

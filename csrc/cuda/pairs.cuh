@@ -8,6 +8,7 @@ namespace fastcl::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number: below it exp2 gives 0
+constexpr float kLargestShift = 1e30f;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
@@ -120,7 +121,7 @@ __device__ __forceinline__ float constant_shift(const float* bounds, float scale
   for (int i = 0; i < 4; i++) most[i] = warp_max(most[i]);
   const float largest = fabsf(scale) * sqrtf(most[0]) * sqrtf(most[1]) * 1.00001f + most[2] + most[3];
   // finite, so that a kept pair is never as small as a forgotten one; fminf also takes a NaN (0 times infinity) away
-  return fminf(fmaxf(ceilf(largest * kLog2E) - room, 0.0f), 1e30f);
+  return fminf(fmaxf(ceilf(largest * kLog2E) - room, 0.0f), kLargestShift);
 }
 
 }  // namespace fastcl::cuda

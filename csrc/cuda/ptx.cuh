@@ -7,7 +7,7 @@
 #ifdef FASTCL_SIMULATE
 #include "../sim/ptx.hpp"
 #else
-#include <cuda_bf16.h>
+#include <cuda.h>
 #include <cuda_fp16.h>
 
 namespace fastcl::ptx {
@@ -93,6 +93,141 @@ __device__ __forceinline__ float reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
+}
+
+// ---- Hopper ----------------------------------------------------------------------------------------------------------
+
+using TensorMap = CUtensorMap;
+
+// Barriers in shared memory (8 bytes). A phase ends when all who are expected have arrived and all bytes have landed;
+// waiting is for the end of the phase of a parity, which is 0 at first: a wait for parity 1 returns at once.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// By the thread that made them, before a copy or another thread may use them.
+__device__ __forceinline__ void barrier_publish() {
+  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Begins to copy the box of 64 rows and 64 features at (row, feature), zeros outside, as 8 KiB of rows of 128 bytes whose
+// 16-byte pieces are permuted (the 128-byte swizzle). Tells the barrier when it has landed.
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int feature, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(&from), "r"(barrier), "r"(feature), "r"(row)
+      : "memory");
+}
+
+// Barriers of some of the block's warps, by number; those who arrive do not wait.
+__device__ __forceinline__ void named_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A warpgroup gives registers back, or takes them.
+template <int N>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Before the first product after registers that it reads or adds to were written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the last N groups of products are done.
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Keeps the compiler from moving what reads or writes these registers across products in flight.
+template <int K>
+__device__ __forceinline__ void wgmma_keep(float (&d)[K][4]) {
+#pragma unroll
+  for (int i = 0; i < K; i++) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+
+// The same number, of which the compiler does not know it: what depends on it is computed here, and not ahead of a loop
+// whose registers it would take.
+__device__ __forceinline__ uint32_t renewed(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+#define FASTCL_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FASTCL_D32 FASTCL_D(0), FASTCL_D(1), FASTCL_D(2), FASTCL_D(3), FASTCL_D(4), FASTCL_D(5), FASTCL_D(6), FASTCL_D(7)
+#define FASTCL_D64                                                                                                   \
+  FASTCL_D32, FASTCL_D(8), FASTCL_D(9), FASTCL_D(10), FASTCL_D(11), FASTCL_D(12), FASTCL_D(13), FASTCL_D(14), \
+      FASTCL_D(15)
+#define FASTCL_R32                                                                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTCL_R64                                                                                            \
+  FASTCL_R32                                                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTCL_WGMMA(N, type) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type "." type " "
+
+// d (64 x N, fp32) = or += a b. Of both operands, a (64 x 16) and b (N x 16), the 16 numbers of a row lie side by side.
+#define FASTCL_SHARED(N, type, registers, outputs, a_at, b_at, add_at)                                         \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, " a_at \
+               ", " b_at ", p, 1, 1, 0, 0; }"                                                                   \
+               : outputs                                                                                        \
+               : "l"(a), "l"(b), "r"(int(add)))
+template <Dtype T, int N>
+__device__ __forceinline__ void wgmma_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 64 && T == Dtype::bf16) FASTCL_SHARED("64", "bf16", FASTCL_R32, FASTCL_D32, "%32", "%33", "%34");
+  if constexpr (N == 64 && T == Dtype::f16) FASTCL_SHARED("64", "f16", FASTCL_R32, FASTCL_D32, "%32", "%33", "%34");
+  if constexpr (N == 128 && T == Dtype::bf16) FASTCL_SHARED("128", "bf16", FASTCL_R64, FASTCL_D64, "%64", "%65", "%66");
+  if constexpr (N == 128 && T == Dtype::f16) FASTCL_SHARED("128", "f16", FASTCL_R64, FASTCL_D64, "%64", "%65", "%66");
+}
+
+// The same with a in registers, as mma.m16n8k16 has it, and b (16 x N), whose N numbers of a row lie side by side.
+#define FASTCL_REGISTERS(N, type, registers, outputs, a_at, b_at, add_at)                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, {" a_at \
+               "}, " b_at ", p, 1, 1, 1; }"                                                                         \
+               : outputs                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+#define FASTCL_A32 "%32, %33, %34, %35"
+#define FASTCL_A64 "%64, %65, %66, %67"
+template <Dtype T, int N>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 64 && T == Dtype::bf16)
+    FASTCL_REGISTERS("64", "bf16", FASTCL_R32, FASTCL_D32, FASTCL_A32, "%36", "%37");
+  if constexpr (N == 64 && T == Dtype::f16)
+    FASTCL_REGISTERS("64", "f16", FASTCL_R32, FASTCL_D32, FASTCL_A32, "%36", "%37");
+  if constexpr (N == 128 && T == Dtype::bf16)
+    FASTCL_REGISTERS("128", "bf16", FASTCL_R64, FASTCL_D64, FASTCL_A64, "%68", "%69");
+  if constexpr (N == 128 && T == Dtype::f16)
+    FASTCL_REGISTERS("128", "f16", FASTCL_R64, FASTCL_D64, FASTCL_A64, "%68", "%69");
 }
 
 }  // namespace fastcl::ptx

@@ -1,20 +1,20 @@
 // Sums over rows, and in the same pass over columns, for sm_80 and later: mma.sync and cp.async.
 #pragma once
 
-#include "tile.cuh"
+#include "panels.cuh"
 
 namespace fastcl::cuda {
 
 template <int D>
 constexpr int kSumsShared = kTileBytes<kSumsCols<D>, D> + 2 * kTileBytes<kSumsRows, D> + kWarps * kSumsCols<D> * 4;
 
-// A unit is a span of rows times a span of columns. A panel of BN columns stays, tiles of BM rows pass by: sums over rows
-// are added to this unit's part in memory, which each row's own thread does, those over columns stay in registers. One set
-// visits the units and tiles of its upper triangle; off the diagonal the sums over columns are those of the mirrored rows.
-// The diagonal units leave them in a part of their own, the last. Nothing is atomic, and all orders are fixed.
+// Sums over rows are added to this unit's part in memory, which each row's own thread does, those over columns stay in
+// registers while a panel does; off the diagonal of one set they are those of the mirrored rows. The diagonal units leave
+// them in a part of their own, the last. Nothing is atomic, and all orders are fixed.
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sums plan) {
-  constexpr int BM = kSumsRows, BN = kSumsCols<D>, SQUARE = BM > BN ? BM : BN;
+  constexpr int BM = kSumsRows, BN = kSumsCols<D>;
+  static_assert(BN % BM == 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   unsigned char* shared = ptx::shared_memory();
   const uint32_t panel = ptx::shared_address(shared), tiles = panel + kTileBytes<BN, D>;
@@ -22,64 +22,39 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
   const Logits to = logits_of<L>(p);
   const float shift = L == Link::exp ? constant_shift(plan.bounds, *p.scale, plan.room) : 0.0f;
 
-  for (int index = blockIdx.x; index < plan.units; index += gridDim.x) {
-    int i, j;
-    if (p.symmetric) {  // index = j (j + 1) / 2 + i with i <= j
-      j = int((sqrtf(8.0f * index + 1.0f) - 0.99f) * 0.5f);
-      i = index - j * (j + 1) / 2;
-    } else {
-      j = index / plan.row_spans;
-      i = index % plan.row_spans;
-    }
-    const int first = i * plan.row_span, last = min(first + plan.row_span, p.m);
-    float* row_part = plan.row_parts + i64(j) * p.m;
-    int visited = first;  // rows of the span before this one have sums of earlier panels
-    for (int col = j * plan.col_span; col < min((j + 1) * plan.col_span, p.n); col += BN) {
-      const int stop = p.symmetric ? min(last, (col / SQUARE + 1) * SQUARE) : last;
-      float col_total[BN / 8][2] = {};
-      bool all_kept = false;  // by some tile that counts for the columns
-      copy_rows<BN, D>(panel, p.y, col, p.n, p.depth);
-      copy_rows<BM, D>(tiles, p.x, first, p.m, p.depth);
-      ptx::cp_async_commit();
-      for (int row = first, stage = 0; row < stop; row += BM, stage ^= 1) {
-        if (row + BM < stop) {
-          copy_rows<BM, D>(tiles + (stage ^ 1) * kTileBytes<BM, D>, p.x, row + BM, p.m, p.depth);
-          ptx::cp_async_commit();
-          ptx::cp_async_wait<1>();
-        } else {
-          ptx::cp_async_wait<0>();
-        }
-        __syncthreads();
-        float s[BN / 8][4];
-        products<T, D, BN>(s, tiles + stage * kTileBytes<BM, D>, panel);
-        const bool masked = needs_mask<BM, BN>(p, row, col);
-        // pairs of a square on the diagonal are seen from both of their sides already
-        const bool off_diagonal = !p.symmetric || row / SQUARE != col / SQUARE;
-        const bool for_cols = plan.col_parts && off_diagonal;
-        all_kept |= for_cols && !masked;
-        const int r = row + warp * 16 + lane / 4;
-        float total[2];
-        add_tile<L, BN, 0>(p, to, s, r, col + lane % 4 * 2, shift, masked, for_cols, total, col_total);
-        across_columns<L>(total, !masked);
-        if (lane % 4 == 0)
-          for (int h = 0; h < 2; h++)
-            if (const int at = r + 8 * h; at < p.m) row_part[at] = total[h] + (row < visited ? row_part[at] : 0.0f);
-        __syncthreads();  // the tile may be overwritten now
+  each_panel<BN>(p, plan, [&](const Panel& at) {
+    float col_total[BN / 8][2] = {};
+    bool all_kept = false;  // by some tile that counts for the columns
+    copy_rows<BN, D>(panel, p.y, at.col, p.n, p.depth);
+    copy_rows<BM, D>(tiles, p.x, at.first, p.m, p.depth);
+    ptx::cp_async_commit();
+    for (int row = at.first, stage = 0; row < at.stop; row += BM, stage ^= 1) {
+      if (row + BM < at.stop) {
+        copy_rows<BM, D>(tiles + (stage ^ 1) * kTileBytes<BM, D>, p.x, row + BM, p.m, p.depth);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<1>();
+      } else {
+        ptx::cp_async_wait<0>();
       }
-      visited = stop;
-      if (!plan.col_parts) continue;
-      across_rows<BN>(col_total, col_sums + warp * BN);
       __syncthreads();
-      float* col_part = plan.col_parts + i64(p.symmetric && i == j ? plan.row_spans : i) * p.n;
-      for (int c = threadIdx.x; c < BN && col + c < p.n; c += kThreads) {
-        float total = 0.0f;
-        for (int w = 0; w < kWarps; w++) total += col_sums[w * BN + c];
-        if (L == Link::exp && all_kept && total < kTiny) total = kTiny;
-        col_part[col + c] = total;
-      }
-      // The next panel's first barrier comes before anyone writes col_sums again.
+      float s[BN / 8][4], total[2];
+      products<T, D, BN>(s, tiles + stage * kTileBytes<BM, D>, panel);
+      const bool masked = needs_mask<BM, BN>(p, row, at.col);
+      const bool for_cols = plan.col_parts && !(p.symmetric && row >= at.col);
+      all_kept |= for_cols && !masked;
+      const int own = row + warp * 16 + lane / 4;
+      add_tile<L, BN, 0>(p, to, s, own, at.col + lane % 4 * 2, shift, masked, for_cols, total, col_total);
+      across_columns<L>(total, !masked);
+      add_to_rows(plan.row_parts + i64(at.j) * p.m, total, own, p.m, row < at.visited);
+      __syncthreads();  // the tile may be overwritten now
     }
-  }
+    if (!plan.col_parts) return;
+    across_rows<BN>(col_total, col_sums + warp * BN);
+    __syncthreads();
+    float* part = plan.col_parts + i64(p.symmetric && at.i == at.j ? plan.row_spans : at.i) * p.n + at.col;
+    add_warps<L, BN>(col_sums, p.n - at.col, all_kept, [&](int c, float total) { part[c] = total; });
+    // The next panel's first barrier comes before anyone writes col_sums again.
+  });
 }
 
 }  // namespace fastcl::cuda

@@ -212,4 +212,59 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
   }
 }
 
+template <int BN>
+__device__ __forceinline__ void add_weights(const float (&w)[BN / 8][4], bool wanted, float (&weight_total)[2]) {
+  if (!wanted) return;
+#pragma unroll
+  for (int i = 0; i < BN / 2; i++) weight_total[i / 2 % 2] += w[i / 4][i % 4];
+}
+
+// Two neighbouring accumulators of a product are 16 columns of an operand of the next.
+template <Dtype T>
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+  a[0] = ptx::narrow2<T>(low[0], low[1]);
+  a[1] = ptx::narrow2<T>(low[2], low[3]);
+  a[2] = ptx::narrow2<T>(high[0], high[1]);
+  a[3] = ptx::narrow2<T>(high[2], high[3]);
+}
+
+// Writes the sums of weights and the results of a thread's two rows, `row` and the eighth after it.
+__device__ __forceinline__ void store_totals(const GradSide& side, const Balance& balance, int row, int split,
+                                             float (&weight_total)[2], float (&total)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float sums[2] = {weight_total[h], total[h]};
+#pragma unroll
+    for (float& v : sums) {
+      v += __shfl_xor_sync(kAll, v, 1);
+      v += __shfl_xor_sync(kAll, v, 2);
+    }
+    const int r = row + 8 * h;
+    if (threadIdx.x % 4 || r >= side.pairs.m) continue;
+    const i64 at = i64(split) * side.pairs.m + r;
+    if (side.sum) side.sum[at] = sums[0] / balance.gain;
+    if (side.total) side.total[at] = sums[1];
+  }
+}
+
+// Writes features first .. first + 8 K of a thread's two rows of the gradient.
+template <int K>
+__device__ __forceinline__ void store_rows(const GradSide& side, const Balance& balance, int row, int split, int first,
+                                           const float (&out)[K][4]) {
+  const int depth = side.pairs.depth, lane = threadIdx.x % 32;
+  if (!side.out) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = row + 8 * h;
+    if (r >= side.pairs.m) continue;
+    float* to = side.out + (i64(split) * side.pairs.m + r) * depth;
+#pragma unroll
+    for (int d = 0; d < K; d++) {
+      const int feature = first + d * 8 + lane % 4 * 2;
+      if (feature >= depth) break;
+      *reinterpret_cast<float2*>(to + feature) = float2{out[d][2 * h] / balance.gain, out[d][2 * h + 1] / balance.gain};
+    }
+  }
+}
+
 }  // namespace fastcl::cuda

@@ -4,7 +4,6 @@
 
 PYBIND11_MODULE(_simulated, module) {
   fastcl::cuda::bind(module);
-  // Even seeds: asynchronous copies land when they are waited for; odd: at once. Other than 0: warps in a random order.
   module.def("places", [] {
     std::vector<std::string> all;
     for (const auto& [key, name] : sim::places) all.push_back(name);

@@ -100,4 +100,263 @@ inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? 0.0f : v; }
 inline float exp2(float v) { return flushed(std::exp2(flushed(v))); }
 inline float reciprocal(float v) { return flushed(1.0f / flushed(v)); }
 
+// ---- Hopper ----------------------------------------------------------------------------------------------------------
+
+// A matrix as the copy engine sees it; always boxes of 64 x 64 and the 128-byte swizzle.
+struct TensorMap {
+  const uint16_t* base = nullptr;
+  int rows = 0, depth = 0;
+};
+
+namespace detail {
+inline sim::Barrier& barrier_at(uint32_t address) {
+  sim::shared_at(address, 8, 8);
+  const auto found = sim::block->barriers.find(address);
+  if (found == sim::block->barriers.end()) sim::fail("a barrier is used before it is made");
+  return found->second;
+}
+
+inline void end_phase_if_complete(sim::Barrier& b) {
+  if (b.bytes < 0) sim::fail("a barrier was told of more bytes than it expects");
+  if (b.missing || b.bytes) return;
+  b.missing = b.expected;
+  ++b.phase;
+}
+
+inline void arrive(sim::Barrier& b) {
+  if (!b.published) sim::fail("a barrier is used before it is published");
+  if (b.missing == 0) sim::fail("more arrivals at a barrier than it expects");
+  --b.missing;
+  end_phase_if_complete(b);
+}
+
+inline void named(const char* what, int id, int threads, bool wait) {
+  sim::Group& group = sim::block->named[id];
+  if (group.arrived && int(group.size) != threads) sim::fail(std::string(what) + ": threads disagree on how many they are");
+  group.size = threads;
+  if (++group.arrived == group.size) {
+    group.arrived = 0;
+    ++group.generation;
+  } else if (wait) {
+    sim::sleep_on(group.generation);
+  }
+}
+
+inline sim::WarpGroup& warp_group() { return sim::block->warp_groups.at(sim::thread->warp / 4); }
+inline sim::Products& products_of_warp() { return sim::block->products[sim::thread->warp]; }
+
+template <class Compute>
+void collect_group(const char* what, Compute compute) {
+  sim::collect(warp_group().group, what, sim::thread->index % 128, nullptr, nullptr, compute);
+}
+
+// Eight numbers at a shared address, where the 128-byte swizzle has put them.
+template <Dtype T>
+void read_eight(uint32_t address, float* to, int stride) {
+  uint16_t eight[8];
+  std::memcpy(eight, sim::shared_at(address ^ (address >> 7 & 7) << 4, 16, 16), 16);
+  for (int i = 0; i < 8; i++) to[i * stride] = widen<T>(eight[i]);
+}
+
+// What a descriptor of shared memory says, of which only the 128-byte swizzle is modelled.
+struct Operand {
+  uint32_t start, leading, stride;
+  explicit Operand(uint64_t d) : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+    if (d >> 49 != uint64_t(1) << 13) sim::fail("wgmma: only the 128-byte swizzle without an offset is modelled");
+  }
+  // ROWS x 16 numbers from row `first` on, of which the 16 of a row lie side by side.
+  template <Dtype T, int ROWS>
+  void rows(int first, float (*to)[16]) const {
+    for (int i = 0; i < ROWS; i++)
+      for (int k = 0, r = first + i; k < 16; k += 8)
+        read_eight<T>(start + r / 8 * stride + r % 8 * 128 + k * 2, to[i] + k, 1);
+  }
+  // 16 x N numbers, of which the N of a row lie side by side, 64 of them in 128 bytes; to[n][k].
+  template <Dtype T, int N>
+  void columns(float (*to)[16]) const {
+    for (int k = 0; k < 16; k++)
+      for (int n = 0; n < N; n += 8)
+        read_eight<T>(start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2, to[n] + k, 16);
+  }
+};
+
+// What a thread gives to a product of its warpgroup.
+struct Product {
+  const uint32_t* registers;
+  uint64_t a, b;
+  bool add;
+};
+
+// A warp's 16 rows of a product. Nothing makes it wait for the other three. `fill_a(products, first row, a)` and `fill_b(b)`
+// read the operands when the product is done.
+template <int N, class FillA, class FillB>
+void begin_product(const Product& product, float (&d)[N / 8][4], FillA fill_a, FillB fill_b) {
+  sim::collect_warp("wgmma", &product, &d, [=](sim::Group& g) {
+    sim::Products& own = products_of_warp();
+    if (!own.fenced) sim::fail("wgmma: no fence since the last wait");
+    std::vector<Product> products;
+    for (const void* argument : g.argument) products.push_back(*static_cast<const Product*>(argument));
+    auto& operands = warp_group().operands;
+    if (own.begun == operands.size()) operands.push_back({product.a, product.b, product.add});
+    for (const Product& p : products)
+      if (operands[own.begun] != std::array<uint64_t, 3>{p.a, p.b, p.add}) sim::fail("wgmma: threads disagree on operands");
+    ++own.begun;
+    const std::vector<void*> results = g.result;
+    const auto multiply = [=, add = product.add, first = int(sim::thread->warp % 4 * 16)] {
+      static thread_local float a[16][16], b[N][16];
+      fill_a(products, first, a);
+      fill_b(b);
+      for (int lane = 0; lane < 32; lane++)
+        for (int j = 0; j < N / 8; j++)
+          for (int i = 0; i < 4; i++) {
+            const float *row = a[lane / 4 + i / 2 * 8], *col = b[j * 8 + lane % 4 * 2 + i % 2];
+            float sum = 0.0f;
+            for (int k = 0; k < 16; k++) sum += row[k] * col[k];
+            float& to = static_cast<float(*)[4]>(results[lane])[j][i];
+            to = (add ? to : 0.0f) + sum;
+          }
+    };
+    if (sim::products_are_done_at_once())
+      multiply();
+    else
+      own.open.push_back(multiply);
+  });
+}
+}  // namespace detail
+
+inline void barrier_init(uint32_t barrier, int arrivals) {
+  sim::shared_at(barrier, 8, 8);
+  sim::block->barriers[barrier] = {arrivals, arrivals};
+}
+
+inline void barrier_publish(sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("fence of barriers", here)) return;
+  for (auto& [address, barrier] : sim::block->barriers) barrier.published = true;
+}
+
+inline void barrier_arrive(uint32_t barrier, sim::Here here = sim::Here::current()) {
+  if (sim::wanted("mbarrier.arrive", here)) detail::arrive(detail::barrier_at(barrier));
+}
+
+inline void barrier_arrive_expecting(uint32_t barrier, int bytes, sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("mbarrier.arrive.expect_tx", here)) return;
+  sim::Barrier& b = detail::barrier_at(barrier);
+  b.bytes += bytes;
+  detail::arrive(b);
+}
+
+inline void barrier_wait(uint32_t barrier, uint32_t parity, sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("mbarrier.wait", here)) return;
+  sim::Barrier& b = detail::barrier_at(barrier);
+  while ((b.phase & 1) == parity) sim::sleep_on(b.phase);
+}
+
+inline void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int feature, int row) {
+  sim::shared_at(to, 64 * 128, 1024);
+  const auto land = [=] {
+    for (int r = 0; r < 64; r++)
+      for (int c = 0; c < 64; c += 8) {
+        const uint32_t at = to + r * 128 + c * 2;
+        unsigned char* piece = sim::shared_at(at ^ (at >> 7 & 7) << 4, 16, 16);
+        // rows are whole pieces long
+        if (row + r < from.rows && feature + c < from.depth)
+          std::memcpy(piece, from.base + int64_t(row + r) * from.depth + feature + c, 16);
+        else
+          std::memset(piece, 0, 16);
+      }
+    sim::Barrier& b = detail::barrier_at(barrier);
+    b.bytes -= 64 * 128;
+    detail::end_phase_if_complete(b);
+  };
+  if (!detail::barrier_at(barrier).published) sim::fail("a copy is to tell a barrier that is not published");
+  if (sim::copies_land_at_once())
+    land();
+  else
+    sim::block->landing.push_back(land);
+}
+
+inline void named_wait(int id, int threads, sim::Here here = sim::Here::current()) {
+  if (sim::wanted("bar.sync", here)) detail::named("bar.sync", id, threads, true);
+}
+
+inline void named_arrive(int id, int threads, sim::Here here = sim::Here::current()) {
+  if (sim::wanted("bar.arrive", here)) detail::named("bar.arrive", id, threads, false);
+}
+
+template <int N>
+void fewer_registers() {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  detail::collect_group("setmaxnreg.dec", [](sim::Group&) {
+    sim::WarpGroup& group = detail::warp_group();
+    if (N > group.registers) sim::fail("setmaxnreg.dec to more registers than there are");
+    sim::block->spare_registers += (group.registers - N) * 128;
+    group.registers = N;
+    ++sim::block->releases;
+  });
+}
+
+template <int N>
+void more_registers() {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  detail::collect_group("setmaxnreg.inc", [](sim::Group&) {
+    sim::WarpGroup& group = detail::warp_group();
+    if (N < group.registers) sim::fail("setmaxnreg.inc to fewer registers than there are");
+    const int more = (N - group.registers) * 128;
+    while (sim::block->spare_registers < more) sim::sleep_on(sim::block->releases);
+    sim::block->spare_registers -= more;
+    group.registers = N;
+  });
+}
+
+inline void wgmma_fence(sim::Here here = sim::Here::current()) {
+  if (sim::wanted("wgmma.fence", here)) detail::products_of_warp().fenced = true;
+}
+
+inline void wgmma_commit(sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("wgmma.commit_group", here)) return;
+  sim::collect_warp("wgmma.commit_group", nullptr, nullptr, [](sim::Group&) {
+    sim::Products& own = detail::products_of_warp();
+    own.committed.push_back(std::move(own.open));
+    own.open.clear();
+  });
+}
+
+template <int N>
+void wgmma_wait(sim::Here here = sim::Here::current()) {
+  if (!sim::wanted("wgmma.wait_group", here)) return;
+  sim::collect_warp("wgmma.wait_group", nullptr, nullptr, [](sim::Group&) {
+    sim::Products& own = detail::products_of_warp();
+    for (; own.committed.size() > N; own.committed.erase(own.committed.begin()))
+      for (const auto& multiply : own.committed.front()) multiply();
+    own.fenced = false;
+  });
+}
+
+inline uint32_t renewed(uint32_t v) { return v; }
+
+template <int K>
+void wgmma_keep(float (&)[K][4]) {}
+
+template <Dtype T, int N>
+void wgmma_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  using Products = std::vector<detail::Product>;
+  const detail::Operand rows(a), cols(b);
+  detail::begin_product<N>({nullptr, a, b, add}, d,
+                           [=](const Products&, int first, float (*to)[16]) { rows.rows<T, 16>(first, to); },
+                           [=](float (*to)[16]) { cols.rows<T, N>(0, to); });
+}
+
+template <Dtype T, int N>
+void wgmma_registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  const detail::Operand cols(b);
+  const auto from_registers = [](const std::vector<detail::Product>& products, int, float (*to)[16]) {
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++)
+          to[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + half] =
+              widen<T>(uint16_t(products[lane].registers[i] >> 16 * half));
+  };
+  detail::begin_product<N>({a, 0, b, add}, d, from_registers, [=](float (*to)[16]) { cols.columns<T, N>(to); });
+}
+
 }  // namespace fastcl::ptx

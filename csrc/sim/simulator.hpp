@@ -4,10 +4,12 @@
 // instructions) gathers the arguments of all who take part; the last to arrive computes for all. The memory model is made
 // hostile on purpose, by a seed:
 //   * warps run in a random order, each alone as far as it gets, so that a missing barrier is a wrong result;
-//   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or only when they are waited
-//     for (which shows a missing wait);
+//   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or as late as they may: when they
+//     are waited for, those of the copy engine when nothing else can go on (which shows a missing wait); asynchronous
+//     matrix products read their operands and write their results at once, or when they are waited for;
 //   * shared memory is NaN before every block, and an address outside it is an error;
-//   * collectives that diverge, wait for ever, or are given misaligned addresses are errors.
+//   * collectives that diverge, wait for ever, or are given misaligned addresses are errors; so are barriers that are used
+//     before they are made, and that are told of too many arrivals or bytes.
 // Every barrier, wait and shuffle is known by its place in the source, and can be left out at run time: tests leave out one
 // after the other, and each must be missed.
 //
@@ -16,6 +18,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -126,12 +129,42 @@ struct Group {
   explicit Group(unsigned n = 0) : size(n), argument(n), result(n) {}
 };
 
+// A barrier in shared memory, which counts arrivals and bytes.
+struct Barrier {
+  int expected, missing;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  bool published = false;
+};
+
+// Products of matrices that a warp has begun, and those of groups it has committed, which are not done yet.
+struct Products {
+  std::vector<std::function<void()>> open;
+  std::vector<std::vector<std::function<void()>>> committed;
+  bool fenced = false;
+  size_t begun = 0;
+};
+
+// Four warps, which must begin the same products, each for its own rows, and share registers alike.
+struct WarpGroup {
+  Group group{128};
+  std::vector<std::array<uint64_t, 3>> operands;  // of all products begun
+  int registers = 0;
+};
+
 struct Block {
   dim3 grid, index;
   unsigned threads = 0;
   std::vector<Thread> all;
   std::vector<Group> warps;
   Group cta;
+  std::vector<Products> products;  // by warp
+  std::vector<WarpGroup> warp_groups;
+  std::map<int, Group> named;
+  std::map<uint32_t, Barrier> barriers;        // by address
+  std::vector<std::function<void()>> landing;  // copies of the copy engine
+  int spare_registers = 0;
+  uint64_t releases = 0;  // of registers
   std::vector<unsigned char> shared;
   size_t shared_bytes = 0;
   Fiber scheduler;
@@ -141,7 +174,8 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 inline thread_local Thread* thread = nullptr;
-inline thread_local unsigned seed = 0;  // even: copies land when they are waited for; odd: at once. 0: threads in turn
+// Bit 0: copies land at once, or late; bit 1: products of warpgroups likewise. 0: warps in turn, else in a random order.
+inline thread_local unsigned seed = 0;
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("simulator: " + what); }
 
@@ -159,7 +193,8 @@ inline bool wanted(const char* what, const Here& here) {
   return key != left_out;
 }
 
-inline bool copies_land_at_once() { return seed % 2 == 1; }
+inline bool copies_land_at_once() { return seed & 1; }
+inline bool products_are_done_at_once() { return seed & 2; }
 
 inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 1023) & ~uintptr_t(1023));
@@ -263,6 +298,13 @@ inline void run_block(uint64_t random) {
     t.fiber.start(t.stack, run_thread);
   }
   std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
+  const int registers = std::min(65536 / int(block->threads) / 8 * 8, 255);  // each thread's, where there is a limit of one block
+  block->products.assign(block->warps.size(), Products{});
+  block->warp_groups.assign(block->threads / 128, WarpGroup{});
+  for (WarpGroup& group : block->warp_groups) group.registers = registers;
+  block->spare_registers = 65536 - int(block->threads) * registers;
+  block->named.clear();
+  block->barriers.clear();
   std::vector<unsigned> order(block->warps.size());
   for (unsigned i = 0; i < order.size(); i++) order[i] = i;
   const auto warp_gets = [](unsigned warp) {
@@ -283,8 +325,20 @@ inline void run_block(uint64_t random) {
       while (seed && warp_gets(warp)) any = true;  // alone, as far as it gets
     }
     if (any) continue;
+    if (!block->landing.empty()) {
+      const auto copy = block->landing.begin() + random % block->landing.size();
+      const auto land = std::move(*copy);
+      block->landing.erase(copy);
+      land();
+      continue;
+    }
     for (Thread& t : block->all)
-      if (!t.done) fail("threads wait for ever in " + (block->cta.arrived ? block->cta.what : "a warp"));
+      if (!t.done) fail("threads wait for ever in " + (block->cta.arrived ? block->cta.what : "a warp or for a barrier"));
+    for (const Products& products : block->products)
+      if (!products.open.empty() || !products.committed.empty())
+        fail("a block ended with products that nothing waited for");
+    for (auto& [address, barrier] : block->barriers)
+      if (barrier.bytes) fail("a block ended with copies that nothing waited for");
     return;
   }
 }

@@ -7,6 +7,7 @@ by blocks of rows. Tests run the same kernels on CPU tensors, in a simulator (``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,30 +56,30 @@ def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
         empty = -torch.inf if link == "exp" else 0.0
         return row.fill_(empty), col.fill_(empty)
     call.find_bounds(link == "exp")
-    rows, cols = call.kernels.sums_rows, call.kernels.sums_cols(call.depth)
+    rows, cols, _, _, parts = call.products.tiles(call.depth)
     if pairs.symmetric:
         side = max(rows, cols)
         row_span = col_span = _span(n, side, _SPANS)
         row_spans = _blocks(n, row_span)
         units = row_spans * (row_spans + 1) // 2
-        row_parts = col_parts = _new(pairs.x, row_spans + 1, n)
+        row_parts = col_parts = _new(pairs.x, parts * row_spans + 1, n)
     else:
         row_span = _span(m, rows, 24)
         row_spans = _blocks(m, row_span)
         col_span = _span(n, cols, _blocks(_UNITS, row_spans))
         col_spans = _blocks(n, col_span)
         units = row_spans * col_spans
-        row_parts, col_parts = _new(pairs.x, col_spans, m), _new(pairs.x, row_spans, n if both else 0)
+        row_parts, col_parts = _new(pairs.x, parts * col_spans, m), _new(pairs.x, row_spans, n if both else 0)
     room = 126 - (max(m, n) - 1).bit_length()
     call.launch(
-        "sums", min(units, 2 * processors(pairs.x.device)), call.pairs, call.dtype, call.link,
+        call.products.sums, min(units, call.blocks_at_once()), call.pairs, call.dtype, call.link,
         tuple(map(_address, (call.bounds, row_parts, col_parts))), (room, row_span, col_span, row_spans, units),
     )  # fmt: skip
     sides = []
     for side_pairs, parts, out in ((call.pairs, row_parts, row), (call.swapped(), col_parts, col)):
         sides.append((side_pairs, (_address(parts), _address(out)), (len(parts), _blocks(len(out), _THREADS))))
     blocks = sum(side[2][1] for side in sides)
-    call.launch("finish", blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
+    call.launch(call.kernels.finish, blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
     return row, col
 
 
@@ -100,8 +101,8 @@ def grad(
     call.find_bounds(False)
     balance = _new(pairs.x, 3)
     side_addresses = tuple(map(_address, sides))
-    call.launch("balance", 1, call.pairs, call.dtype, call.link, side_addresses, _address(balance))
-    rows, cols = call.kernels.grad_rows, call.kernels.grad_cols(d)
+    call.launch(call.kernels.balance, 1, call.pairs, call.dtype, call.link, side_addresses, _address(balance))
+    _, _, rows, cols, _ = call.products.tiles(d)
     blocks = [_blocks(count, rows) if any(want) else 0 for count, want in zip((m, n), wanted, strict=True)]
     results: list[Tensor] = []
     tuples = []
@@ -117,7 +118,7 @@ def grad(
         ))  # fmt: skip
     programs = sum(t[3][0] * t[3][1] for t in tuples)
     if programs:
-        call.launch("grad", programs, *tuples, call.dtype, call.link, _address(balance))
+        call.launch(call.products.grad, programs, *tuples, call.dtype, call.link, _address(balance))
     dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in results)
     return dx, dy, row_sum, row_sum.clone() if pairs.symmetric else col_sum, total
 
@@ -129,6 +130,12 @@ def reduce_grad(
         return None
     dx, dy, row_sum, _, row = grad(link, pairs, Sides(), want_dx, want_dy, want_sums, want_total=True)
     return row, dx, dy, row_sum
+
+
+def family(device: torch.device) -> str:
+    """Which kernels multiply there: ``hopper``'s need exactly its instructions, ``ampere``'s run on all later GPUs."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return "hopper" if hopper and hasattr(kernels, "hopper") else "ampere"
 
 
 def processors(device: torch.device) -> int:
@@ -143,6 +150,7 @@ class _Call:
     def __init__(self, link: str, pairs: Pairs) -> None:
         assert kernels is not None
         self.kernels, self.link, self.dtype = kernels, _LINKS[link], _DTYPES[pairs.x.dtype]
+        self.products = getattr(kernels, family(pairs.x.device))
         self.tensors: list[Tensor] = []
         self.device, self.symmetric = pairs.x.device, pairs.symmetric
         (self.m, self.depth), self.n = pairs.x.shape, len(pairs.y)
@@ -188,13 +196,17 @@ class _Call:
             self.tensors += (row, col)
             self.ranges = (_address(row), _address(row if self.symmetric else col))
         if bounds or self.keys[0]:
-            self.launch("bounds", self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
+            self.launch(self.kernels.bounds, self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
 
-    def launch(self, kernel: str, blocks: int, *args: Any) -> None:
+    def launch(self, kernel: Callable[..., None], blocks: int, *args: Any) -> None:
         if self.device.type != "cuda":  # the simulator
-            return getattr(self.kernels, kernel)(*args, blocks, 0)
+            return kernel(*args, blocks, 0)
         with torch.cuda.device(self.device):
-            getattr(self.kernels, kernel)(*args, blocks, torch.cuda.current_stream().cuda_stream)
+            kernel(*args, blocks, torch.cuda.current_stream().cuda_stream)
+
+    def blocks_at_once(self) -> int:
+        """Of sums, on the whole device."""
+        return processors(self.device) * (1 if self.products is getattr(self.kernels, "hopper", None) else 2)
 
 
 def _aligned(x: Tensor) -> Tensor:
