@@ -12,12 +12,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastcl.backends import Pairs, Sides, _cuda, chunked
+from fastcl import explain, functional, pairwise, reference, use_backend
+from fastcl.backends import Pairs, Sides, _cuda, chunked, native
 
 from .oracle import assert_close
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ("sums", "grad", "vectors")
+SOURCES = ("sums", "grad", "vectors", "contrastive")
 LINKS = ("exp", "softplus")
 # Of a gradient, whose weights are rounded to the dtype of the rows before they are multiplied.
 GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -229,20 +230,150 @@ def test_the_sum_of_all_rows_in_one_pass(kernels: ModuleType) -> None:
         assert_close(g, w, limit)
 
 
+def raw_rows(b: int, d: int, dtype: torch.dtype, stacked: bool) -> tuple[torch.Tensor, ...]:
+    """Views, alike as partners are, of any length, one of them 0."""
+    generator = torch.Generator().manual_seed(b + d)
+    first = torch.randn(b, d, generator=generator) * torch.linspace(0.5, 2, b)[:, None] / d**0.5
+    second = first + torch.randn(b, d, generator=generator) / d**0.5
+    if b > 2:
+        first[2] = 0.0
+    return (torch.cat([first, second]).to(dtype),) if stacked else (first.to(dtype), second.to(dtype))
+
+
+def check_contrastive(
+    raw: torch.dtype,
+    dtype: torch.dtype,
+    b: int,
+    d: int,
+    stacked: bool,
+    normalize: bool = True,
+    both: bool = True,
+    scale: float = 8.0,
+    grad: torch.Tensor | None = None,
+) -> None:
+    """Losses, gradients of raw rows and of the scale against the formulas in fp64."""
+    rows, by = raw_rows(b, d, raw, stacked), torch.tensor(scale)
+    x, y = (*rows, None)[:2]
+    both = both and not stacked
+    loss, *saved = _cuda.contrastive(x, y, by, dtype, normalize, both)
+    upstream = torch.linspace(1, 2, len(loss)) if grad is None else grad.expand(len(loss))
+    dx, dy, dots = _cuda.contrastive_grad(x, y, by, upstream, tuple(saved), True, not stacked)
+    assert dx.dtype == raw and saved[0].dtype == dtype
+
+    wide = [t.double().requires_grad_() for t in rows]
+    unit = [pairwise.l2_normalize(t) if normalize else t for t in wide]
+    z = saved[0].double().split(len(x))
+    for ours, exact in zip(z, unit, strict=True):
+        assert_close(ours, exact, GRADIENT[dtype])
+    rounded = [u + (ours - u).detach() for u, ours in zip(unit, z, strict=True)]  # there, and back as if they were not
+    by = by.double().requires_grad_()
+    if stacked:
+        want = reference.nt_xent(rounded[0], temperature=1 / by, normalize=False, reduction="none")
+    else:
+        ways = [rounded, rounded[::-1]][: 1 + both]
+        want = torch.cat([reference.info_nce(*w, temperature=1 / by, normalize=False, reduction="none") for w in ways])
+    wanted = torch.autograd.grad((want * upstream).sum(), [*wide, by])
+    dscale = 0.5 * dots.sum() if stacked else dots[:b].sum()
+    limit = max(GRADIENT[dtype], GRADIENT.get(raw, 0.0))
+    assert_close(loss, want, 1e-6 + 1e-6 * scale, what="loss")
+    for got, exact in zip((dx, dy), wanted[: len(rows)], strict=False):
+        assert_close(got, exact, limit, floor=1e-12)
+    assert_close(dscale, wanted[-1], 4 * limit, floor=1e-12, what="scale")  # a sum of terms of either sign
+
+
+@each_dtype
+@pytest.mark.parametrize("raw", list(_cuda._DTYPES))
+@pytest.mark.parametrize("stacked", [True, False])
+def test_contrastive(stacked: bool, raw: torch.dtype, dtype: torch.dtype, kernels: ModuleType) -> None:
+    for normalize in (True, False):
+        for both in {False, not stacked}:
+            check_contrastive(raw, dtype, 37, 40, stacked, normalize, both)
+
+
+@pytest.mark.parametrize(("b", "d"), [(1, 8), (2, 256), (16, 64), (70, 136)])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_contrastive_of_any_shape(stacked: bool, b: int, d: int, seed: int) -> None:
+    check_contrastive(torch.float32, torch.bfloat16, b, d, stacked)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_contrastive_of_logits_that_a_constant_shift_cannot_serve(normalize: bool, kernels: ModuleType) -> None:
+    check_contrastive(torch.float32, torch.float16, 33, 16, True, normalize, scale=300.0)
+
+
+@pytest.mark.parametrize("grad", [1.0, 1e-9])
+def test_one_gradient_for_all_losses(grad: float, kernels: ModuleType) -> None:
+    for stacked in (True, False):
+        check_contrastive(torch.float32, torch.float16, 20, 24, stacked, grad=torch.tensor(grad))
+
+
+def test_contrastive_of_zeros_and_nan(kernels: ModuleType) -> None:
+    x, y = raw_rows(20, 24, torch.float32, False)
+    by = torch.tensor(5.0)
+    for bad in (
+        y.index_fill(0, torch.tensor([4]), torch.nan),
+        y.index_put((torch.tensor(4), torch.tensor(3)), torch.tensor(torch.nan)),
+    ):
+        for normalize in (True, False):
+            loss, *saved = _cuda.contrastive(x, bad, by, torch.bfloat16, normalize, True)
+            assert loss.isnan().sum() == 21 and loss[24].isnan()  # every anchor of x, and the row itself
+    loss, *saved = _cuda.contrastive(x, y, by, torch.bfloat16, True, True)
+    dx, dy, _ = _cuda.contrastive_grad(x, y, by, torch.ones_like(loss), tuple(saved), True, True)
+    assert loss.isfinite().all() and dx[2].eq(0).all() and dx.any(1).sum() == 19 and dy.isfinite().all()
+
+
+def test_contrastive_in_five_launches(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    launch = _cuda._Call.launch
+    monkeypatch.setattr(
+        _cuda._Call, "launch", lambda call, kernel, *args: (launched.append(kernel), launch(call, kernel, *args))[1]
+    )
+    check_contrastive(torch.float32, torch.bfloat16, 12, 16, True)
+    assert launched == ["prepare", "sums", "finish", "grad", "restore"]
+
+
+def test_losses_reach_the_fused_operator(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: rows of fp32 under autocast, by the public functions."""
+    monkeypatch.setattr(native, "unsupported", _cuda.unsupported)
+    x, y = (t.add_(0.01).requires_grad_() for t in raw_rows(30, 32, torch.float32, False))  # no row of zeros
+    scale = torch.tensor(6.0, requires_grad=True)
+
+    def losses(module: ModuleType) -> list[torch.Tensor]:
+        return [
+            module.nt_xent(torch.cat([x, y]), temperature=0.2, normalize=True),
+            module.info_nce(x, y, temperature=0.2, normalize=True),
+            module.clip(x, y, scale=scale, normalize=True),
+        ]
+
+    with use_backend("native"), torch.autocast("cpu", torch.bfloat16):
+        ours = losses(functional)
+        only_y = torch.autograd.grad(functional.clip(x.detach(), y, scale=6.0, normalize=True), y)[0]
+        report = explain(functional.clip, x, y, scale=6.0, normalize=True)
+    assert report.startswith("contrastive (30 x 30 x 32, bfloat16") and "contrastive_grad" in report, report
+    for loss, want in zip(ours, losses(reference), strict=True):
+        assert_close(loss, want, 1e-3)
+        leaves = [x, y, *([scale] if loss is ours[2] else [])]
+        for g, w in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
+            assert_close(g, w, 2e-2)
+    assert_close(only_y, torch.autograd.grad(reference.clip(x, y, scale=6.0, normalize=True), y)[0], 2e-2)
+
+
 def test_memory_around_results_is_left_alone(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that a kernel writes lies between guards, and is NaN at first: all of it must be written."""
     guarded: list[torch.Tensor] = []
 
-    def new(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    def new(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         count = int(torch.tensor(shape).prod()) if shape else 1
-        whole = torch.full((count + 128,), float("nan"))
-        whole[:64] = whole[-64:] = 7.0
+        whole = torch.full((count + 128,), float("nan") if dtype.is_floating_point else 1 << 60).to(dtype)
+        whole[:64] = whole[-64:] = 7
         guarded.append(whole)
         return whole[64:-64].view(shape)
 
     monkeypatch.setattr(_cuda, "_new", new)
     check("exp", two_sets(70, 150, 40, torch.bfloat16, True))
     check("exp", one_set(141, 40, torch.bfloat16))
+    for raw, stacked in ((torch.float32, True), (torch.float16, False)):
+        check_contrastive(raw, torch.bfloat16, 37, 24, stacked)
     assert guarded and all((g[:64] == 7).all() and (g[-64:] == 7).all() for g in guarded)
 
 

@@ -3,34 +3,17 @@
 // leave the registers. Too few blocks for the device: columns are split, and the splits are added afterwards, in order.
 #pragma once
 
-#include "pairs.cuh"
+#include "sides.cuh"
 
 namespace fastcl::cuda {
 
-// Rows, two tiles of columns, and what a column's weight needs.
+// Rows, two tiles of columns, what a column's weight needs, and room for the balance.
 template <int D>
-constexpr int kGradShared = kTileBytes<kGradRows, D> + 2 * kTileBytes<kGradCols<D>, D> + 2 * 2 * kGradCols<D> * 4;
-
-// Of the row results: upstream gradient times gain, that times 2^(middle - lse), and lse in base 2.
-struct Side {
-  float grad, scaled, lse;
-};
-
-template <Link L>
-__device__ __forceinline__ Side side_of(const float* lse, const float* grad, int i, int count, float middle,
-                                        float gain) {
-  Side s{0.0f, 0.0f, 0.0f};
-  if (!grad || i >= count) return s;
-  s.grad = grad[i] * gain;
-  if constexpr (L == Link::exp) {
-    s.lse = lse[i] * kLog2E;
-    s.scaled = s.grad * ptx::exp2(middle - s.lse);
-  }
-  return s;
-}
+constexpr int kGradShared =
+    kTileBytes<kGradRows, D> + 2 * kTileBytes<kGradCols<D>, D> + 2 * 2 * kGradCols<D> * 4 + kWarps * 4;
 
 template <Dtype T, int D, Link L>
-__device__ __forceinline__ void grad_rows(const GradSide& side, const float* balance, int program) {
+__device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
   constexpr int BM = kGradRows, BN = kGradCols<D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   unsigned char* shared = ptx::shared_memory();
@@ -39,8 +22,9 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
   const Pairs& p = side.pairs;
   const Sides& sides = side.sides;
   const int row = program % side.blocks * BM, split = program / side.blocks;
-  const float scale = *p.scale, middle = balance[0], gain = balance[2];
-  const bool wide = balance[1] > 0.0f, of_rows = sides.row_grad, of_cols = sides.col_grad;
+  const auto [middle, wide, gain] = balance_of<T, L>(sides, p, col_sides + 2 * 2 * BN);
+  const float scale = *p.scale;
+  const bool of_rows = sides.row.grad, of_cols = sides.col.grad;
   const bool base2 = L == Link::exp && !p.row_ceiling && !p.col_ceiling;
   const float unit = base2 ? kLog2E : 1.0f, to_base2 = base2 ? 1.0f : kLog2E, factor = scale * unit;
 
@@ -49,7 +33,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = row + warp * 16 + lane / 4 + 8 * h;
-    own[h] = side_of<L>(sides.row_lse, sides.row_grad, r, p.m, middle, gain);
+    own[h] = side_of<L>(sides.row, r, p.m, middle, gain);
     row_bias[h] = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
   }
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
@@ -66,7 +50,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
     // What the weights of a column need: its gradient, and its scaled gradient or its log-sum-exp.
     float* factors = col_sides + stage * 2 * BN;
     if (of_cols && threadIdx.x < BN) {
-      const Side s = side_of<L>(sides.col_lse, sides.col_grad, col + threadIdx.x, p.n, middle, gain);
+      const Side s = side_of<L>(sides.col, col + threadIdx.x, p.n, middle, gain);
       factors[threadIdx.x] = L == Link::softplus || wide || !of_rows ? s.grad : s.scaled;
       factors[BN + threadIdx.x] = s.lse;
     }
@@ -150,10 +134,10 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const float* bal
 // Blocks take the rows, and after them the columns, which are the rows of the transposed matrix.
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(kThreads) grad_kernel(const __grid_constant__ GradSide rows,
-                                                        const __grid_constant__ GradSide cols, const float* balance) {
+                                                        const __grid_constant__ GradSide cols) {
   const int of_rows = rows.blocks * rows.splits;
   const bool is_row = int(blockIdx.x) < of_rows;
-  grad_rows<T, D, L>(is_row ? rows : cols, balance, blockIdx.x - (is_row ? 0 : of_rows));
+  grad_rows<T, D, L>(is_row ? rows : cols, blockIdx.x - (is_row ? 0 : of_rows));
 }
 
 }  // namespace fastcl::cuda

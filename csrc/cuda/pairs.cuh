@@ -100,7 +100,7 @@ __device__ __forceinline__ void products(float (&acc)[BN / 8][4], uint32_t rows,
   }
 }
 
-// ---- the constant shift ----------------------------------------------------------------------------------------------
+// ---- what threads know together --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
@@ -108,17 +108,40 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(kAll, v, mask);
+  return v;
+}
+
+// The largest value of a block of kThreads. `shared` holds kWarps of them.
+__device__ __forceinline__ float block_max(float v, float* shared) {
+  v = warp_max(v);
+  __syncthreads();  // whoever read `shared` before is done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  for (int w = 0; w < kWarps; w++) v = fmaxf(v, shared[w]);
+  return v;
+}
+
+__device__ __forceinline__ float nan_to_inf(float v) { return v == v ? v : INFINITY; }
+
+// ---- the constant shift ----------------------------------------------------------------------------------------------
+
 // What is subtracted from every exponent of base 2: a whole number, above 0 only where sums would overflow without it.
 // No logit is above |scale| max|x| max|y| + max|row bias| + max|column bias| (Cauchy-Schwarz), so no exponential is above
-// 2^room and no sum above 2^126. For a whole warp.
+// 2^room and no sum above 2^126. Without bounds rows have length 1, up to the rounding of bf16. For a whole warp.
 __device__ __forceinline__ float constant_shift(const float* bounds, float scale, int room) {
-  float most[4] = {};
-  for (int part = threadIdx.x % 32; part < kParts; part += 32)
+  float largest = fabsf(scale) * 1.01f;
+  if (bounds) {
+    float most[4] = {};
+    for (int part = threadIdx.x % 32; part < kParts; part += 32)
 #pragma unroll
-    for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], bounds[i * kParts + part]);
+      for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], bounds[i * kParts + part]);
 #pragma unroll
-  for (int i = 0; i < 4; i++) most[i] = warp_max(most[i]);
-  const float largest = fabsf(scale) * sqrtf(most[0]) * sqrtf(most[1]) * 1.00001f + most[2] + most[3];
+    for (int i = 0; i < 4; i++) most[i] = warp_max(most[i]);
+    largest = fabsf(scale) * sqrtf(most[0]) * sqrtf(most[1]) * 1.00001f + most[2] + most[3];
+  }
   // finite, so that a kept pair is never as small as a forgotten one; fminf also takes a NaN (0 times infinity) away
   return fminf(fmaxf(ceilf(largest * kLog2E) - room, 0.0f), 1e30f);
 }
