@@ -2,7 +2,8 @@
 
 Here stands what is launched. Results are found in the same steps as those of the ``triton`` backend: bounds and key
 ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned
-by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. Tests run the same kernels on CPU tensors, in a simulator (``csrc/sim``).
+by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. Tests run the same kernels on
+CPU tensors, in a simulator (``csrc/sim``).
 """
 
 from __future__ import annotations
