@@ -1,13 +1,17 @@
 """The CUDA C++ kernels, from their own source, on the simulator: ordinary memory, hostile timing, no GPU."""
 
+import math
+import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from .oracle import assert_close
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SOURCES = ("sums", "grad", "vectors", "contrastive")
+EXTRA_FLAGS = os.environ.get("FASTCL_CXXFLAGS", "").split()  # `make sanitize`
 LINKS = ("exp", "softplus")
 # Of a gradient, whose weights are rounded to the dtype of the rows before they are multiplied.
 GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -29,7 +34,7 @@ SEEDS = (0, 7, 8)
 def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     """Compile the kernels for the simulator and load them."""
     pybind11 = pytest.importorskip("pybind11", reason="the simulator's Python module is made with pybind11")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE", *EXTRA_FLAGS]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def compile_one(source: Path) -> str:
@@ -44,7 +49,7 @@ def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / f"_simulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
+    subprocess.run(["g++", "-shared", *EXTRA_FLAGS, *objects, "-o", str(library)], check=True)
     loader = ExtensionFileLoader("_simulated", str(library))
     module = module_from_spec(spec_from_loader("_simulated", loader))  # type: ignore[arg-type]
     loader.exec_module(module)
@@ -58,16 +63,65 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return build(tmp_path_factory.mktemp("simulator"))
 
 
-@pytest.fixture(params=SEEDS)
-def seed(request: pytest.FixtureRequest, simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> int:
+class Guards:
+    """Tensors between guards. Those are NaN, as what a kernel writes is at first: all of it must be written."""
+
+    WIDTH = 8192  # numbers; a tile of rows has fewer
+
+    def __init__(self, forbid: Callable[[int, int], None]) -> None:
+        self.forbid = forbid
+        self.all: dict[int, torch.Tensor] = {}
+
+    def new(self, x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        inside = math.prod(shape)
+        whole = torch.full((inside + 2 * self.WIDTH,), self.value(dtype), dtype=dtype)
+        guard, end = self.WIDTH * whole.itemsize, (self.WIDTH + inside) * whole.itemsize
+        self.forbid(whole.data_ptr(), guard)
+        self.forbid(whole.data_ptr() + end, guard)
+        self.all[whole.untyped_storage().data_ptr()] = whole
+        return whole[self.WIDTH : -self.WIDTH].view(shape)
+
+    def around(self, t: torch.Tensor) -> torch.Tensor:
+        return t if t.untyped_storage().data_ptr() in self.all else self.new(t, *t.shape, dtype=t.dtype).copy_(t)
+
+    def check(self) -> None:
+        for whole in self.all.values():
+            for guard in (whole[: self.WIDTH], whole[-self.WIDTH :]):
+                untouched = guard.isnan() if guard.is_floating_point() else guard == self.value(guard.dtype)
+                assert untouched.all(), "memory around a tensor was written"
+        self.all.clear()
+
+    @staticmethod
+    def value(dtype: torch.dtype) -> float | int:
+        return torch.nan if dtype.is_floating_point else 1 << 60
+
+
+@pytest.fixture
+def guards(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
+    """Whatever kernels read or write lies between guards."""
+    guards, keep = Guards(simulator.forbid), _cuda._Call.keep
+
+    def guarded(call: Any, t: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        kept = keep(call, t, dtype)
+        if kept is not None:
+            kept = call.tensors[-1] = guards.around(kept)
+        return kept
+
     monkeypatch.setattr(_cuda, "kernels", simulator)
+    monkeypatch.setattr(_cuda, "_new", guards.new)
+    monkeypatch.setattr(_cuda._Call, "keep", guarded)
+    yield guards
+    guards.check()
+
+
+@pytest.fixture(params=SEEDS)
+def seed(request: pytest.FixtureRequest, simulator: ModuleType, guards: Guards) -> int:
     simulator.seed(request.param)
     return int(request.param)
 
 
 @pytest.fixture
-def kernels(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(_cuda, "kernels", simulator)
+def kernels(simulator: ModuleType, guards: Guards) -> ModuleType:
     simulator.seed(0)
     return simulator
 
@@ -151,12 +205,11 @@ def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pyte
     check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
 
 
-def test_bits_do_not_depend_on_the_order_of_warps(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "kernels", simulator)
+def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
     pairs = one_set(150, 72, torch.float16)
     results = []
     for seed in (*SEEDS, 33):
-        simulator.seed(seed)
+        kernels.seed(seed)
         row, _ = _cuda.reduce("exp", pairs, False)
         side = (row, torch.ones_like(row))
         results.append((row, *_cuda.grad("exp", pairs, Sides(*side, *side), True, False, True)))
@@ -358,27 +411,15 @@ def test_losses_reach_the_fused_operator(kernels: ModuleType, monkeypatch: pytes
     assert_close(only_y, torch.autograd.grad(reference.clip(x, y, scale=6.0, normalize=True), y)[0], 2e-2)
 
 
-def test_memory_around_results_is_left_alone(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer that a kernel writes lies between guards, and is NaN at first: all of it must be written."""
-    guarded: list[torch.Tensor] = []
-
-    def new(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        count = int(torch.tensor(shape).prod()) if shape else 1
-        whole = torch.full((count + 128,), float("nan") if dtype.is_floating_point else 1 << 60).to(dtype)
-        whole[:64] = whole[-64:] = 7
-        guarded.append(whole)
-        return whole[64:-64].view(shape)
-
-    monkeypatch.setattr(_cuda, "_new", new)
-    check("exp", two_sets(70, 150, 40, torch.bfloat16, True))
-    check("exp", one_set(141, 40, torch.bfloat16))
-    for raw, stacked in ((torch.float32, True), (torch.float16, False)):
-        check_contrastive(raw, torch.bfloat16, 37, 24, stacked)
-    assert guarded and all((g[:64] == 7).all() and (g[-64:] == 7).all() for g in guarded)
-
-
-def exercise(simulator: ModuleType) -> None:
-    """Enough of all kernels that nothing they do together can be left out unseen."""
+def exercise(simulator: ModuleType, guards: Guards) -> None:
+    """Enough of all kernels that nothing can be left out unseen: masks, and what threads do together."""
+    simulator.seed(7)
+    for rule in one_rule_each():
+        check("exp", rule)
+        guards.check()
+    check_contrastive(torch.float32, torch.float16, 37, 40, True)
+    check_contrastive(torch.float16, torch.bfloat16, 37, 40, False, normalize=False)
+    guards.check()
     for seed in (7, 8, 21):
         simulator.seed(seed)
         check("exp", one_set(150, 40, torch.bfloat16))
@@ -400,21 +441,40 @@ def exercise(simulator: ModuleType) -> None:
         dx = _cuda.grad("softplus", half, Sides(None, upstream), True, False, False)[0]
         want = chunked.grad("softplus", in_fp64(half), Sides(None, upstream.double()), True, False, False)[0]
         assert_close(dx, want, GRADIENT[torch.float16])
+        guards.check()
 
 
-def test_no_barrier_wait_or_shuffle_can_be_left_out(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rule_each() -> Iterator[Pairs]:
+    """Matrices in which one thing alone asks for masks: an edge of rows, or of columns, or one of the rules."""
+    whole = two_sets(128, 128, 64, torch.bfloat16, False)
+    rules = two_sets(128, 128, 64, torch.bfloat16, True)
+    yield two_sets(130, 128, 64, torch.bfloat16, False)
+    yield two_sets(128, 70, 40, torch.bfloat16, False)
+    yield whole._replace(drop_x=rules.drop_x, drop_y=rules.drop_y)
+    yield whole._replace(only_x=rules.only_x, only_y=rules.only_y)
+    yield whole._replace(row_ceiling=rules.row_ceiling)
+    yield whole._replace(col_ceiling=rules.col_ceiling)
+    yield two_sets(70, 90, 40, torch.bfloat16, False)._replace(row_bias=torch.ones(70), col_bias=torch.ones(90))
+
+
+def test_no_barrier_wait_shuffle_or_mask_can_be_left_out(
+    kernels: ModuleType, guards: Guards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_cuda, "_SPANS", 1)  # so that more tiles pass by than there is room for
-    exercise(kernels)
+    exercise(kernels, guards)
     unseen = []
     try:
         for number, place in enumerate(kernels.places()):
+            if place.startswith("bound") and not kernels.sanitized:
+                continue  # what is read there changes no result
             kernels.leave_out(number)
             try:
-                exercise(kernels)
+                exercise(kernels, guards)
                 unseen.append(place)
             except (AssertionError, RuntimeError):
                 pass
+            guards.all.clear()
     finally:
         kernels.leave_out(-1)
-    assert len(kernels.places()) > 12
+    assert len(kernels.places()) > 40
     assert not unseen, "\n".join(unseen)

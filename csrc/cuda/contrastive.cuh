@@ -65,13 +65,13 @@ __device__ __forceinline__ auto packet_of(Rows* rows, i64 i, int depth) {
 
 template <Dtype R>
 __device__ __forceinline__ Features read(const void* rows, i64 i, int depth) {
-  const bool inside = int(threadIdx.x % 32) * kEach < depth;
+  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
   return inside ? unpacked<R>(*packet_of<R>(rows, i, depth)) : Features{};
 }
 
 template <Dtype R>
 __device__ __forceinline__ void write(void* rows, i64 i, int depth, const Packet<R>& packet) {
-  const bool inside = int(threadIdx.x % 32) * kEach < depth;
+  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
   if (inside) *packet_of<R>(rows, i, depth) = packet;
 }
 
@@ -166,7 +166,7 @@ template <Dtype R, Dtype T>
 __global__ void __launch_bounds__(kThreads) restore_kernel(const Views v, const Sides sides, const RestoreSide x,
                                                            const RestoreSide y) {
   const int i = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (i >= v.count) return;
+  if (!ptx::guard(i < v.count)) return;
   // The loss is -log sigmoid(p - n): what n receives, p receives with the other sign, from both of its anchors.
   const float share = -upstream(sides.row, i) - (sides.col.grad ? upstream(sides.col, i) : 0.0f);
   const Features first = read<T>(v.z, i, v.depth), second = read<T>(v.z, v.count + i, v.depth);

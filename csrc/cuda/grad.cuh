@@ -34,7 +34,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
   for (int h = 0; h < 2; h++) {
     const int r = row + warp * 16 + lane / 4 + 8 * h;
     own[h] = side_of<L>(sides.row, r, p.m, middle, gain);
-    row_bias[h] = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
+    row_bias[h] = p.row_bias && ptx::bound(r < p.m) ? p.row_bias[r] * unit : 0.0f;
   }
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
   // no split is empty
@@ -71,7 +71,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
         for (int e = 0; e < 2; e++) {
           const int r = row + warp * 16 + lane / 4 + 8 * h, at = b * 8 + lane % 4 * 2 + e, c = col + at;
           float v = w[b][2 * h + e] * factor + row_bias[h];
-          if (p.col_bias) v += c < p.n ? p.col_bias[c] * unit : 0.0f;
+          if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * unit : 0.0f;
           const bool forgotten = masked && !kept(p, r, c, v);
           if constexpr (L == Link::softplus) {
             if (side.total && !forgotten) total[h] += softplus(v);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
       v += __shfl_xor_sync(kAll, v, 1);
       v += __shfl_xor_sync(kAll, v, 2);
     }
-    if (r >= p.m) continue;
+    if (!ptx::guard(r < p.m)) continue;
     const i64 at = i64(split) * p.m + r;
     if (side.sum && lane % 4 == 0) side.sum[at] = sums[0] / gain;
     if (side.total && lane % 4 == 0) side.total[at] = sums[1];
@@ -124,7 +124,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
 #pragma unroll
     for (int d = 0; d < D; d += 8) {
       const int feature = d + lane % 4 * 2;
-      if (feature >= p.depth) break;
+      if (!ptx::guard(feature < p.depth)) break;
       *reinterpret_cast<float2*>(side.out + at * p.depth + feature) =
           float2{out[d / 8][2 * h] / gain, out[d / 8][2 * h + 1] / gain};
     }

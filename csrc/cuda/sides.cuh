@@ -70,7 +70,7 @@ struct Side {
 template <Link L>
 __device__ __forceinline__ Side side_of(const Upstream& u, int i, int count, float middle, float gain) {
   Side s{0.0f, 0.0f, 0.0f};
-  if (!u.grad || i >= count) return s;
+  if (!u.grad || !ptx::bound(i < count)) return s;
   s.grad = upstream(u, i) * gain;
   if constexpr (L == Link::exp) {
     s.lse = lse_of(u, i);

@@ -57,13 +57,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
         products<T, D, BN>(s, tiles + stage * kTileBytes<BM, D>, panel);
         const bool masked = needs_mask<BM, BN>(p, row, col);
         // pairs of a square on the diagonal are seen from both of their sides already
-        const bool off_diagonal = !p.symmetric || row / SQUARE != col / SQUARE;
+        const bool off_diagonal = !p.symmetric || ptx::guard(row / SQUARE != col / SQUARE);
         const bool for_cols = plan.col_parts && off_diagonal;
         all_kept |= for_cols && !masked;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int r = row + warp * 16 + lane / 4 + 8 * h;
-          const float row_bias = p.row_bias && r < p.m ? p.row_bias[r] * unit : 0.0f;
+          const float row_bias = p.row_bias && ptx::bound(r < p.m) ? p.row_bias[r] * unit : 0.0f;
           float total = 0.0f;
 #pragma unroll
           for (int b = 0; b < BN / 8; b++)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
             for (int e = 0; e < 2; e++) {
               const int c = col + b * 8 + lane % 4 * 2 + e;
               float v = s[b][2 * h + e] * factor + row_bias;
-              if (p.col_bias) v += c < p.n ? p.col_bias[c] * unit : 0.0f;
+              if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * unit : 0.0f;
               const bool forgotten = masked && !kept(p, r, c, v);
               if constexpr (L == Link::exp) {
                 // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
           total += __shfl_xor_sync(kAll, total, 1);
           total += __shfl_xor_sync(kAll, total, 2);
           if (L == Link::exp && !masked && total < kTiny) total = kTiny;
-          if (lane % 4 == 0 && r < p.m) row_part[r] = total + (row < visited ? row_part[r] : 0.0f);
+          if (lane % 4 == 0 && ptx::guard(r < p.m)) row_part[r] = total + (row < visited ? row_part[r] : 0.0f);
         }
         __syncthreads();  // the tile may be overwritten now
       }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
         }
       __syncthreads();
       float* col_part = plan.col_parts + i64(p.symmetric && i == j ? plan.row_spans : i) * p.n;
-      for (int c = threadIdx.x; c < BN && col + c < p.n; c += kThreads) {
+      for (int c = threadIdx.x; c < BN && ptx::guard(col + c < p.n); c += kThreads) {
         float total = 0.0f;
         for (int w = 0; w < kWarps; w++) total += col_sums[w * BN + c];
         if (L == Link::exp && all_kept && total < kTiny) total = kTiny;

@@ -92,11 +92,11 @@ template <Dtype T, Link L>
 __device__ __forceinline__ void finish_rows(const FinishSide& side, const float* bounds, int i, int room) {
   const Pairs& p = side.pairs;
   float total = 0.0f;
-  for (int part = 0; i < p.m && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
+  for (int part = 0; ptx::bound(i < p.m) && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
   if constexpr (L == Link::exp) {
     const float scale = *p.scale, shift = constant_shift(bounds, scale, room);
     // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum.
-    const bool suspect = i < p.m && total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
+    const bool suspect = ptx::bound(i < p.m) && total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
     total = total == 0.0f ? -INFINITY : (shift + log2f(total)) * kLn2;
     unsigned left = __ballot_sync(kAll, suspect);
     for (int lane = 0; left; lane++, left >>= 1) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void finish_rows(const FinishSide& side, const float*
       if (int(threadIdx.x % 32) == lane) total = exact;
     }
   }
-  if (i >= p.m) return;
+  if (!ptx::guard(i < p.m)) return;
   side.out[i] = total;
   if (side.positive) side.loss[i] = softplus(total - side.positive[i]);  // 0 where there are no negatives
 }
