@@ -33,7 +33,7 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contr
 FLAGS += ["-fno-trapping-math", *(["-DFASTCL_X86"] if X86 else []), *os.environ.get("FASTCL_CXXFLAGS", "").split()]
 
 
-CUDA_SOURCES = ("sums", "grad", "vectors")
+CUDA_SOURCES = ("sums", "grad", "vectors", "contrastive")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
 
 

@@ -47,6 +47,10 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             if func.namespace == "fastcl" and name.startswith(("pair_", "contrastive")):
                 x, y = args[1:3] if isinstance(args[0], str) else args[:2]  # after `link`
                 n = len(x if y is None else y)
+                if name == "contrastive":  # raw rows
+                    x = x.to(args[3])
+                elif name == "contrastive_grad":
+                    x = x.to(args[4].dtype)
                 op = _OPS.get(name, name.removeprefix("pair_"))
                 calls.setdefault((name, x.shape, n, x.dtype), (name, op, x, n))
             return func(*args, **(kwargs or {}))

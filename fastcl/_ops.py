@@ -114,7 +114,7 @@ def _topk(*args: Any) -> tuple[Tensor, Tensor]:
 def _contrastive(
     x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, backend: str
 ) -> tuple[Tensor, ...]:
-    return select("contrastive", x, backend).contrastive(x, y, scale, dtype, normalize, both)
+    return select("contrastive", _operand(x, dtype), backend).contrastive(x, y, scale, dtype, normalize, both)
 
 
 @torch.library.impl("fastcl::contrastive_grad", "CompositeExplicitAutograd")
@@ -122,12 +122,20 @@ def _contrastive_grad(
     x: Tensor, y: Tensor | None, scale: Tensor, grad: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *saved, want_x, want_y, backend = args
-    return select("contrastive", x, backend).contrastive_grad(x, y, scale, grad, saved, want_x, want_y)
+    kernels = select("contrastive", _operand(x, saved[0].dtype), backend)
+    return kernels.contrastive_grad(x, y, scale, grad, saved, want_x, want_y)
 
 
-def fuses(x: Tensor, backend: str) -> bool:
-    """Whether the backend for rows like these has ``contrastive``."""
-    return hasattr(select("contrastive", x, backend), "contrastive")
+def fuses(x: Tensor, dtype: torch.dtype, backend: str) -> bool:
+    """Whether the backend for such rows, multiplied in ``dtype``, has ``contrastive`` for them."""
+    rows = _operand(x, dtype)
+    kernels = select("reduce", rows, backend)
+    return hasattr(kernels, "contrastive") and kernels.unsupported("contrastive", rows) is None
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows like those that will be multiplied, by which a backend is chosen."""
+    return x if x.dtype == dtype else x.new_empty((2, x.shape[1]), dtype=dtype)
 
 
 @torch.library.impl("fastcl::l2_normalize", "CompositeExplicitAutograd")
@@ -190,7 +198,7 @@ def _fake_contrastive(
 ) -> tuple[Tensor, ...]:
     rows, d = x.shape[0] * (1 if y is None else 2), x.shape[1]
     anchors = rows if y is None or both else x.shape[0]
-    keys = x.new_empty(rows, dtype=torch.int32)
+    keys = x.new_empty(rows, dtype=torch.int64 if backend == "native" else torch.int32)
     return (
         _new(x, anchors), x.new_empty((rows, d), dtype=dtype), _new(x, rows if normalize else 0), _new(x, rows),
         _new(x, anchors), keys, keys.new_empty(-(-rows // 16), 2),

@@ -160,8 +160,7 @@ def contrastive(
     dtype = _operand_dtype(q, y)
     if torch.compiler.is_compiling() or y.dtype != q.dtype or not len(q) or dtype == torch.float64:
         return None
-    rows = q if q.dtype == dtype else q.new_empty((2, q.shape[1]), dtype=dtype)  # like those that will be multiplied
-    if not _ops.fuses(rows, forced()):
+    if not _ops.fuses(q, dtype, forced()):
         return None
     scale = _as_tensor(scale, q).to(_compute_dtype(dtype))
     return _apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)

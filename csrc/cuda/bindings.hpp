@@ -31,15 +31,21 @@ inline Pairs pairs_from(const PairsTuple& t) {
           real(0), real(1), real(2), real(3), real(4), key(0), key(1), key(2), key(3), key(4), key(5), symmetric};
 }
 
-using SidesArray = std::array<Address, 4>;
+// lse, grad, positive; stride
+using UpstreamTuple = std::tuple<std::array<Address, 3>, int>;
 
-inline Sides sides_from(const SidesArray& a) {
-  const auto real = [&](int i) { return pointer<const float>(a[i]); };
-  return {real(0), real(1), real(2), real(3)};
+inline Upstream upstream_from(const UpstreamTuple& t) {
+  const auto& [vectors, stride] = t;
+  const auto real = [&](int i) { return pointer<const float>(vectors[i]); };
+  return {real(0), real(1), real(2), stride};
 }
 
+using SidesTuple = std::tuple<UpstreamTuple, UpstreamTuple>;
+
+inline Sides sides_from(const SidesTuple& t) { return {upstream_from(std::get<0>(t)), upstream_from(std::get<1>(t))}; }
+
 // pairs; sides; out, sum, total; blocks, splits
-using GradSideTuple = std::tuple<PairsTuple, SidesArray, std::array<Address, 3>, std::array<int, 2>>;
+using GradSideTuple = std::tuple<PairsTuple, SidesTuple, std::array<Address, 3>, std::array<int, 2>>;
 
 inline GradSide grad_side_from(const GradSideTuple& t) {
   const auto& [pairs, sides, outs, counts] = t;
@@ -47,21 +53,40 @@ inline GradSide grad_side_from(const GradSideTuple& t) {
           pointer<float>(outs[2]), counts[0], counts[1]};
 }
 
-// pairs; parts, out; count, blocks
-using FinishSideTuple = std::tuple<PairsTuple, std::array<Address, 2>, std::array<int, 2>>;
+// pairs; parts, out, positive, loss; count, blocks
+using FinishSideTuple = std::tuple<PairsTuple, std::array<Address, 4>, std::array<int, 2>>;
 
 inline FinishSide finish_side_from(const FinishSideTuple& t) {
   const auto& [pairs, vectors, counts] = t;
-  return {pairs_from(pairs), pointer<const float>(vectors[0]), pointer<float>(vectors[1]), counts[0], counts[1]};
+  return {pairs_from(pairs),
+          pointer<const float>(vectors[0]), pointer<float>(vectors[1]),
+          pointer<const float>(vectors[2]), pointer<float>(vectors[3]), counts[0], counts[1]};
+}
+
+// x, y, z, length, positive, scale; count, depth
+using ViewsTuple = std::tuple<std::array<Address, 6>, std::array<int, 2>>;
+
+inline Views views_from(const ViewsTuple& t) {
+  const auto& [at, sizes] = t;
+  return {pointer<const void>(at[0]), pointer<const void>(at[1]), pointer<void>(at[2]), pointer<float>(at[3]),
+          pointer<float>(at[4]), pointer<const float>(at[5]), sizes[0], sizes[1]};
+}
+
+// parts, out, dots; splits, pitch
+using RestoreSideTuple = std::tuple<std::array<Address, 3>, std::array<int, 2>>;
+
+inline RestoreSide restore_side_from(const RestoreSideTuple& t) {
+  const auto& [at, counts] = t;
+  return {pointer<const float>(at[0]), pointer<void>(at[1]), pointer<float>(at[2]), counts[0], counts[1]};
 }
 
 using SumsFunction = void (*)(const Pairs&, Dtype, Link, const Sums&, Target);
-using GradFunction = void (*)(const GradSide&, const GradSide&, Dtype, Link, const float*, Target);
+using GradFunction = void (*)(const GradSide&, const GradSide&, Dtype, Link, Target);
 
-// One pair of kernels for sums and gradients, and the tiles that the plan must know: rows and columns of both, and how many
-// parts of the sums over rows a span of columns has.
+// One pair of kernels for sums and gradients, and what the plan must know of them: rows and columns of their tiles, how many
+// parts of the sums over rows a span of columns has, and how many blocks of sums fit on a processor.
 inline void bind_products(pybind11::module_ module, const char* name, SumsFunction sums, GradFunction grad,
-                          std::array<int, 5> (*tiles)(int depth)) {
+                          std::array<int, 6> (*tiles)(int depth)) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
   module = module.def_submodule(name);
   module.def("tiles", tiles);
@@ -75,10 +100,8 @@ inline void bind_products(pybind11::module_ module, const char* name, SumsFuncti
              },
              Free());
   module.def("grad",
-             [=](const GradSideTuple& rows, const GradSideTuple& cols, int dtype, int link, Address balance, int blocks,
-                 Address stream) {
-               grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link), pointer<const float>(balance),
-                    {blocks, pointer<void>(stream)});
+             [=](const GradSideTuple& rows, const GradSideTuple& cols, int dtype, int link, int blocks, Address stream) {
+               grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link), {blocks, pointer<void>(stream)});
              },
              Free());
 }
@@ -89,13 +112,14 @@ inline void bind(pybind11::module_ module) {
   module.attr("keys_in_a_range") = kRange;
   module.attr("deepest") = kDeepest;
   bind_products(module, "ampere", sums, grad, [](int depth) {
-    return std::array{kSumsRows, sums_cols(depth), kGradRows, grad_cols(depth), 1};
+    return std::array{kSumsRows, sums_cols(depth), kGradRows, grad_cols(depth), 1, 2};
   });
 #ifdef FASTCL_HOPPER
   bind_products(module, "hopper", hopper_sums, hopper_grad, [](int depth) {
-    return std::array{kHopperSumsRows, kHopperSumsCols, kHopperGradRows, hopper_grad_cols(depth), 2};
+    return std::array{kHopperSumsRows, kHopperSumsCols, kHopperGradRows, hopper_grad_cols(depth), 2, 1};
   });
 #endif
+  module.attr("views_rows") = kViewsRows;
   module.def("bounds",
              [](const PairsTuple& pairs, int dtype, Address bounds, Address row_ranges, Address col_ranges, int blocks,
                 Address stream) {
@@ -110,11 +134,18 @@ inline void bind(pybind11::module_ module) {
                             pointer<const float>(bounds), room, {blocks, pointer<void>(stream)});
              },
              Free());
-  module.def("balance",
-             [](const PairsTuple& pairs, int dtype, int link, const SidesArray& sides, Address balance, int blocks,
+  module.def("prepare",
+             [](const ViewsTuple& views, int raw, int dtype, Address bounds, Address keys, Address ranges, int blocks,
                 Address stream) {
-               cuda::balance(pairs_from(pairs), Dtype(dtype), Link(link), sides_from(sides), pointer<float>(balance),
-                             {blocks, pointer<void>(stream)});
+               cuda::prepare(views_from(views), Dtype(raw), Dtype(dtype), pointer<float>(bounds), pointer<i64>(keys),
+                             pointer<i64>(ranges), {blocks, pointer<void>(stream)});
+             },
+             Free());
+  module.def("restore",
+             [](const ViewsTuple& views, const SidesTuple& sides, const RestoreSideTuple& x, const RestoreSideTuple& y,
+                int raw, int dtype, int blocks, Address stream) {
+               cuda::restore(views_from(views), sides_from(sides), restore_side_from(x), restore_side_from(y),
+                             Dtype(raw), Dtype(dtype), {blocks, pointer<void>(stream)});
              },
              Free());
 }

@@ -4,10 +4,9 @@
 
 namespace fastcl::cuda {
 
-void grad(const GradSide& rows, const GradSide& cols, Dtype dtype, Link link, const float* balance, Target target) {
+void grad(const GradSide& rows, const GradSide& cols, Dtype dtype, Link link, Target target) {
   with_link(dtype, link, [&]<Dtype T, Link L>() {
-    with_depth(rows.pairs.depth,
-               [&]<int D>() { run(grad_kernel<T, D, L>, target, kGradShared<D>, rows, cols, balance); });
+    with_depth(rows.pairs.depth, [&]<int D>() { run(grad_kernel<T, D, L>, target, kGradShared<D>, rows, cols); });
   });
 }
 

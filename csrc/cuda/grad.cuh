@@ -7,12 +7,13 @@
 
 namespace fastcl::cuda {
 
-// Rows, two tiles of columns, and what a column's weight needs.
+// Rows, two tiles of columns, what a column's weight needs, and room for the balance.
 template <int D>
-constexpr int kGradShared = kTileBytes<kGradRows, D> + 2 * kTileBytes<kGradCols<D>, D> + 2 * 2 * kGradCols<D> * 4;
+constexpr int kGradShared =
+    kTileBytes<kGradRows, D> + 2 * kTileBytes<kGradCols<D>, D> + 2 * 2 * kGradCols<D> * 4 + kWarps * 4;
 
 template <Dtype T, int D, Link L>
-__device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& balance, int program) {
+__device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
   constexpr int BM = kGradRows, BN = kGradCols<D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   unsigned char* shared = ptx::shared_memory();
@@ -21,6 +22,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& b
   const Pairs& p = side.pairs;
   const int row = program % side.blocks * BM, split = program / side.blocks;
   const int first_row = row + warp * 16 + lane / 4;
+  const Balance balance = balance_of<T, L>(side.sides, p, col_sides + 2 * 2 * BN);
   const Logits to = logits_of<L>(p);
   const RowFactors<L> row_factors(side, to, first_row, balance);
 
@@ -37,7 +39,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& b
       ptx::cp_async_commit();
     }
     float* factors = col_sides + stage * 2 * BN;
-    if (side.sides.col_grad && threadIdx.x < BN)
+    if (side.sides.col.grad && threadIdx.x < BN)
       column_factors<L, BN>(factors + threadIdx.x, side, col + threadIdx.x, balance);
     if (col + BN < end)
       ptx::cp_async_wait<1>();
@@ -74,10 +76,10 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, const Balance& b
 // Blocks take the rows, and after them the columns, which are the rows of the transposed matrix.
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(kThreads) grad_kernel(const __grid_constant__ GradSide rows,
-                                                        const __grid_constant__ GradSide cols, const float* balance) {
+                                                        const __grid_constant__ GradSide cols) {
   const int of_rows = rows.blocks * rows.splits;
   const bool is_row = int(blockIdx.x) < of_rows;
-  grad_rows<T, D, L>(is_row ? rows : cols, balance_from(balance), blockIdx.x - (is_row ? 0 : of_rows));
+  grad_rows<T, D, L>(is_row ? rows : cols, blockIdx.x - (is_row ? 0 : of_rows));
 }
 
 }  // namespace fastcl::cuda

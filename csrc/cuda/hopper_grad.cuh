@@ -9,8 +9,7 @@ namespace fastcl::cuda::hopper {
 
 constexpr int kGradStages = 4;
 
-// Shared memory: the block's rows, a ring of tiles of columns, their factors [stage][2][kCols], barriers, and the side: from
-// there it is read when it is needed, where as a parameter chosen at run time it would take registers.
+// Shared memory: the block's rows, a ring of tiles of columns, their factors [stage][2][kCols], barriers, room for the balance.
 template <int D>
 struct GradLayout {
   static constexpr int kCols = hopper_grad_cols(D), kOut = D < 128 ? D : 128;  // features that one product adds to
@@ -18,12 +17,12 @@ struct GradLayout {
   static constexpr int kTileBytes = kCols / kBox * (D / kBox) * kBoxBytes;
   static constexpr int kFactors = kRowsBytes + kGradStages * kTileBytes;
   static constexpr int kBarriers = kFactors + kGradStages * 2 * kCols * 4;
-  static constexpr int kSide = kBarriers + Ring<kGradStages>::kBytes + 8, kBytes = kSide + sizeof(GradSide);
+  static constexpr int kBalance = kBarriers + Ring<kGradStages>::kBytes + 8, kBytes = kBalance + 3 * kGroup / 32 * 4;
 };
 
 template <Dtype T, int D, Link L>
-__device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::TensorMap& y, const GradSide& chosen,
-                                          const float* balance_at, int program) {
+__device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::TensorMap& y, const GradSide& side,
+                                          int program) {
   using Layout = GradLayout<D>;
   constexpr int BN = Layout::kCols, OUT = Layout::kOut, BOXES = D / kBox;
   const int group = threadIdx.x / kGroup, warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
@@ -33,16 +32,14 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
   Ring<kGradStages> tiles{shared + Layout::kBarriers};
   const uint32_t rows_full = tiles.barriers + tiles.kBytes;
   const auto tile_at = [&](int stage) { return shared + Layout::kRowsBytes + stage * Layout::kTileBytes; };
-  GradSide& side = *reinterpret_cast<GradSide*>(memory + Layout::kSide);
   if (threadIdx.x == 0) {
-    side = chosen;
     tiles.init(1 + 32, kComputing * kWarps);
     ptx::barrier_init(rows_full, 1);
     ptx::barrier_publish();
   }
   __syncthreads();
   const Pairs& p = side.pairs;
-  const Balance balance = balance_from(balance_at);
+  const Balance balance = balance_of<T, L, 3 * kGroup>(side.sides, p, reinterpret_cast<float*>(memory + Layout::kBalance));
   const int row = program % side.blocks * kHopperGradRows, split = program / side.blocks;
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
   const int begin = split * each * BN, end = min(begin + each * BN, p.n);  // no split is empty
@@ -64,7 +61,7 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
       for (int col = begin; col < end; col += BN, tiles.next()) {
         tiles.wait_empty();
         float* to = factors + tiles.stage * 2 * BN;
-        for (int c = lane; side.sides.col_grad && c < BN; c += 32) column_factors<L, BN>(to + c, side, col + c, balance);
+        for (int c = lane; side.sides.col.grad && c < BN; c += 32) column_factors<L, BN>(to + c, side, col + c, balance);
         ptx::barrier_arrive(tiles.full());
       }
     }
@@ -141,12 +138,10 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(3 * kGroup, 1)
     hopper_grad_kernel(const __grid_constant__ ptx::TensorMap x, const __grid_constant__ ptx::TensorMap y,
-                       const __grid_constant__ GradSide rows, const __grid_constant__ GradSide cols,
-                       const float* balance) {
+                       const __grid_constant__ GradSide rows, const __grid_constant__ GradSide cols) {
   const int of_rows = rows.blocks * rows.splits;
   const bool is_row = int(blockIdx.x) < of_rows;
-  grad_rows<T, D, L>(is_row ? x : y, is_row ? y : x, is_row ? rows : cols, balance,
-                     blockIdx.x - (is_row ? 0 : of_rows));
+  grad_rows<T, D, L>(is_row ? x : y, is_row ? y : x, is_row ? rows : cols, blockIdx.x - (is_row ? 0 : of_rows));
 }
 
 }  // namespace fastcl::cuda::hopper

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
           for (int box = 0; box < BOXES; box++, used.next()) ptx::barrier_arrive(used.empty());
           if (row + kBox >= at.stop) ptx::barrier_arrive(half.empty());
         }
-        const bool for_cols = plan.col_parts && !(p.symmetric && row >= at.col);
+        const bool for_cols = plan.col_parts && !(p.symmetric && !ptx::guard(row < at.col));
         all_kept |= for_cols && !masked;
         const int own = row + warp * 16 + lane / 4;
         add_tile<L, BN, kShare<D>>(p, to, s, own, first_col + lane % 4 * 2, shift, masked, for_cols, total, col_total);

@@ -35,12 +35,20 @@ struct FinishSide {
   Pairs pairs;
   const float* parts;  // (count, M)
   float* out;
+  const float* positive;  // null, or the logits p of partners: then `loss` is -log sigmoid(p - result)
+  float* loss;
   int count, blocks;
 };
 
-// Upstream gradients, and for the exponential link the results they belong to (+inf for a row with no kept pair).
+// Upstream gradients of rows, and for the exponential link the results they belong to (infinite where no pair is kept).
+struct Upstream {
+  const float *lse, *grad;
+  const float* positive;  // null, or the logits p of partners: then gradients are those of -log sigmoid(p - lse)
+  int stride;             // of the gradients: 0 where one number stands for all rows
+};
+
 struct Sides {
-  const float *row_lse, *row_grad, *col_lse, *col_grad;
+  Upstream row, col;
 };
 
 // Rows whose gradient is wanted: those of the matrix, or those of its transpose. Null where something is not wanted.
@@ -49,6 +57,24 @@ struct GradSide {
   Sides sides;
   float *out, *sum, *total;  // in parts: (splits, M, D), (splits, M), (splits, M)
   int blocks, splits;
+};
+
+// Two views, row i of one the partner of row i of the other, as they came and as they are multiplied.
+struct Views {
+  const void *x, *y;   // (count, D), 16-byte aligned
+  void* z;             // (2 count, D)
+  float* length;       // (2 count), null where rows are not divided by it
+  float* positive;     // (2 count) logits of partners
+  const float* scale;
+  int count, depth;
+};
+
+// A view whose gradient is wanted; null where it is not.
+struct RestoreSide {
+  const float* parts;  // (splits, pitch, D), of the negatives
+  void* out;           // (count, D), raw
+  float* dots;         // (count), <z, dz>
+  int splits, pitch;
 };
 
 struct Target {  // of a launch
@@ -60,16 +86,19 @@ struct Target {  // of a launch
 void bounds(const Pairs&, Dtype, float* bounds, i64* row_ranges, i64* col_ranges, Target);
 void sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void finish(const FinishSide& rows, const FinishSide& cols, Dtype, Link, const float* bounds, int room, Target);
-void balance(const Pairs&, Dtype, Link, const Sides&, float* balance, Target);
-void grad(const GradSide& rows, const GradSide& cols, Dtype, Link, const float* balance, Target);
+void grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
+// Raw rows are f32, bf16 or f16. Bounds where rows are not divided by their lengths, null otherwise.
+void prepare(const Views&, Dtype raw, Dtype, float* bounds, i64* keys, i64* ranges, Target);
+void restore(const Views&, const Sides&, const RestoreSide& x, const RestoreSide& y, Dtype raw, Dtype, Target);
 
 // The same by wgmma and the copy engine, in libraries built for sm_90a.
 void hopper_sums(const Pairs&, Dtype, Link, const Sums&, Target);
-void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, const float* balance, Target);
+void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
 
 // Rows and columns of a tile, which the plan must know.
 constexpr int kSumsRows = 64, kGradRows = 64;
 constexpr int kHopperSumsRows = 64, kHopperSumsCols = 256, kHopperGradRows = 128;
+constexpr int kViewsRows = 4;  // pairs of partners, of a block
 constexpr int kDeepest = 256;
 constexpr int sums_cols(int depth) { return depth <= 128 ? 128 : 64; }
 constexpr int grad_cols(int depth) { return depth <= 128 ? 64 : 32; }

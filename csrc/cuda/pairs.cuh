@@ -14,11 +14,11 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 // Whether the pair (i, j) with logit s counts. "Above" a ceiling is asked, not "at most": a NaN reaches the loss.
 __device__ __forceinline__ bool kept(const Pairs& p, int i, int j, float s) {
-  if (i >= p.m || j >= p.n) return false;
-  if (p.row_ceiling && s > p.row_ceiling[i]) return false;
-  if (p.col_ceiling && s > p.col_ceiling[j]) return false;
-  if (p.drop_x && p.drop_x[i] == p.drop_y[j]) return false;
-  return !(p.only_x && p.only_x[i] != p.only_y[j]);
+  if (!ptx::guard(i < p.m) || !ptx::guard(j < p.n)) return false;
+  if (p.row_ceiling && !ptx::guard(!(s > p.row_ceiling[i]))) return false;
+  if (p.col_ceiling && !ptx::guard(!(s > p.col_ceiling[j]))) return false;
+  if (p.drop_x && !ptx::guard(p.drop_x[i] != p.drop_y[j])) return false;
+  return !p.only_x || ptx::guard(p.only_x[i] == p.only_y[j]);
 }
 
 // The least and the largest drop key of some rows, a multiple of kRange of them.
@@ -31,7 +31,7 @@ __device__ __forceinline__ KeyRange key_range(const i64* ranges, int first, int 
   KeyRange r{INT64_MAX, INT64_MIN};
 #pragma unroll
   for (int i = 0; i < ROWS / kRange; i++) {
-    if (first + i * kRange >= count) break;
+    if (!ptx::bound(first + i * kRange < count)) break;
     const i64* at = ranges + 2 * (first / kRange + i);
     r.low = at[0] < r.low ? at[0] : r.low;
     r.high = at[1] > r.high ? at[1] : r.high;
@@ -42,10 +42,11 @@ __device__ __forceinline__ KeyRange key_range(const i64* ranges, int first, int 
 // Whether a tile may have pairs to forget; all others pay for no mask.
 template <int BM, int BN>
 __device__ __forceinline__ bool needs_mask(const Pairs& p, int row, int col) {
-  if (row + BM > p.m || col + BN > p.n || p.only_x || p.row_ceiling || p.col_ceiling) return true;
+  if (!ptx::guard(row + BM <= p.m) || !ptx::guard(col + BN <= p.n)) return true;
+  if (!ptx::guard(!p.only_x) || !ptx::guard(!p.row_ceiling) || !ptx::guard(!p.col_ceiling)) return true;
   if (!p.drop_x) return false;
   const KeyRange rows = key_range<BM>(p.row_ranges, row, p.m), cols = key_range<BN>(p.col_ranges, col, p.n);
-  return rows.low <= cols.high && cols.low <= rows.high;
+  return !ptx::guard(rows.low > cols.high || cols.low > rows.high);
 }
 
 // log(1 + e^s) to fp32 accuracy for any s; 0 for -inf.
@@ -73,7 +74,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* from, int fir
   const uint16_t* rows = static_cast<const uint16_t*>(from);
   for (int i = threadIdx.x; i < ROWS * (D / 8); i += kThreads) {
     const int r = i / (D / 8), c = i % (D / 8) * 8;
-    const bool inside = first + r < count && c < depth;
+    const bool inside = ptx::guard(first + r < count) && ptx::guard(c < depth);
     ptx::cp_async_16(to + (r * kPitch<D> + c) * 2, inside ? rows + i64(first + r) * depth + c : rows, inside);
   }
 }
@@ -101,7 +102,7 @@ __device__ __forceinline__ void products(float (&acc)[BN / 8][4], uint32_t rows,
   }
 }
 
-// ---- the constant shift ----------------------------------------------------------------------------------------------
+// ---- what threads know together --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
@@ -109,17 +110,41 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(kAll, v, mask);
+  return v;
+}
+
+// The largest value of a block. `shared` holds one of each warp.
+template <int THREADS = kThreads>
+__device__ __forceinline__ float block_max(float v, float* shared) {
+  v = warp_max(v);
+  __syncthreads();  // whoever read `shared` before is done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  for (int w = 0; w < THREADS / 32; w++) v = fmaxf(v, shared[w]);
+  return v;
+}
+
+__device__ __forceinline__ float nan_to_inf(float v) { return v == v ? v : INFINITY; }
+
+// ---- the constant shift ----------------------------------------------------------------------------------------------
+
 // What is subtracted from every exponent of base 2: a whole number, above 0 only where sums would overflow without it.
 // No logit is above |scale| max|x| max|y| + max|row bias| + max|column bias| (Cauchy-Schwarz), so no exponential is above
-// 2^room and no sum above 2^126. For a whole warp.
+// 2^room and no sum above 2^126. Without bounds rows have length 1, up to the rounding of bf16. For a whole warp.
 __device__ __forceinline__ float constant_shift(const float* bounds, float scale, int room) {
-  float most[4] = {};
-  for (int part = threadIdx.x % 32; part < kParts; part += 32)
+  float largest = fabsf(scale) * 1.01f;
+  if (bounds) {
+    float most[4] = {};
+    for (int part = threadIdx.x % 32; part < kParts; part += 32)
 #pragma unroll
-    for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], bounds[i * kParts + part]);
+      for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], bounds[i * kParts + part]);
 #pragma unroll
-  for (int i = 0; i < 4; i++) most[i] = warp_max(most[i]);
-  const float largest = fabsf(scale) * sqrtf(most[0]) * sqrtf(most[1]) * 1.00001f + most[2] + most[3];
+    for (int i = 0; i < 4; i++) most[i] = warp_max(most[i]);
+    largest = fabsf(scale) * sqrtf(most[0]) * sqrtf(most[1]) * 1.00001f + most[2] + most[3];
+  }
   // finite, so that a kept pair is never as small as a forgotten one; fminf also takes a NaN (0 times infinity) away
   return fminf(fmaxf(ceilf(largest * kLog2E) - room, 0.0f), kLargestShift);
 }

@@ -41,13 +41,13 @@ __device__ __forceinline__ void add_to_rows(float* part, const float (&total)[2]
   if (threadIdx.x % 4) return;
 #pragma unroll
   for (int h = 0; h < 2; h++)
-    if (const int r = row + 8 * h; r < count) part[r] = total[h] + (visited ? part[r] : 0.0f);
+    if (const int r = row + 8 * h; ptx::guard(r < count)) part[r] = total[h] + (visited ? part[r] : 0.0f);
 }
 
 // The sums over columns, which the warps of kThreads left at `sums` [kWarps][BN], in order.
 template <Link L, int BN, class Store>
 __device__ __forceinline__ void add_warps(const float* sums, int columns, bool all_kept, Store store) {
-  for (int c = threadIdx.x % kThreads; c < min(BN, columns); c += kThreads) {
+  for (int c = threadIdx.x % kThreads; c < BN && ptx::guard(c < columns); c += kThreads) {
     float total = 0.0f;
     for (int w = 0; w < kWarps; w++) total += sums[w * BN + c];
     if (L == Link::exp && all_kept && total < kTiny) total = kTiny;

@@ -14,6 +14,12 @@ namespace fastcl::ptx {
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
+// Conditions that keep away what must not count, or what lies outside. The simulator can leave one out, as if it held
+// everywhere: without a guard results are wrong, or memory around them is written; without a bound something outside is
+// read, which only a sanitizer sees.
+__device__ __forceinline__ bool guard(bool holds) { return holds; }
+__device__ __forceinline__ bool bound(bool holds) { return holds; }
+
 __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
       float s[BN / 8][4], total[2];
       products<T, D, BN>(s, tiles + stage * kTileBytes<BM, D>, panel);
       const bool masked = needs_mask<BM, BN>(p, row, at.col);
-      const bool for_cols = plan.col_parts && !(p.symmetric && row >= at.col);
+      const bool for_cols = plan.col_parts && !(p.symmetric && !ptx::guard(row < at.col));
       all_kept |= for_cols && !masked;
       const int own = row + warp * 16 + lane / 4;
       add_tile<L, BN, 0>(p, to, s, own, at.col + lane % 4 * 2, shift, masked, for_cols, total, col_total);

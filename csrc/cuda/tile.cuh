@@ -3,7 +3,7 @@
 // of Hopper share what follows. `row` and `col` are those of a thread's first number.
 #pragma once
 
-#include "pairs.cuh"
+#include "sides.cuh"
 
 namespace fastcl::cuda {
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ Logits logits_of(const Pairs& p) {
 }
 
 __device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, int row) {
-  return p.row_bias && row < p.m ? p.row_bias[row] * to.unit : 0.0f;
+  return p.row_bias && ptx::bound(row < p.m) ? p.row_bias[row] * to.unit : 0.0f;
 }
 
 // 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number, which
@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const
     for (int i = 0; i < BN / 4; i++) {
       const int c = col + i / 2 * 8 + i % 2;
       float v = s[i / 2][2 * h + i % 2] * to.factor + row_bias;
-      if (p.col_bias) v += c < p.n ? p.col_bias[c] * to.unit : 0.0f;
+      if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * to.unit : 0.0f;
       const bool forgotten = masked && !kept(p, r, c, v);
       if constexpr (L == Link::exp) {
         // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
@@ -113,54 +113,24 @@ __device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2],
 
 // ---- gradients -------------------------------------------------------------------------------------------------------
 
-// Of one row result: upstream gradient times gain, that times 2^(middle - lse), and lse in base 2.
-struct Upstream {
-  float grad, scaled, lse;
-};
-
-// What balance_kernel found.
-struct Balance {
-  float middle;
-  bool wide;
-  float gain;
-};
-
-__device__ __forceinline__ Balance balance_from(const float* balance) {
-  return {balance[0], balance[1] > 0.0f, balance[2]};
-}
-
-template <Link L>
-__device__ __forceinline__ Upstream upstream_of(const float* lse, const float* grad, int i, int count,
-                                                const Balance& balance) {
-  Upstream u{0.0f, 0.0f, 0.0f};
-  if (!grad || i >= count) return u;
-  u.grad = grad[i] * balance.gain;
-  if constexpr (L == Link::exp) {
-    u.lse = lse[i] * kLog2E;
-    u.scaled = u.grad * ptx::exp2(balance.middle - u.lse);
-  }
-  return u;
-}
-
 // Writes what the weights of a column need: factors[0] its gradient or scaled gradient, factors[BN] its log-sum-exp.
 template <Link L, int BN>
 __device__ __forceinline__ void column_factors(float* factors, const GradSide& side, int col, const Balance& balance) {
-  const Sides& sides = side.sides;
-  const Upstream u = upstream_of<L>(sides.col_lse, sides.col_grad, col, side.pairs.n, balance);
-  factors[0] = L == Link::softplus || balance.wide || !sides.row_grad ? u.grad : u.scaled;
-  factors[BN] = u.lse;
+  const Side s = side_of<L>(side.sides.col, col, side.pairs.n, balance.middle, balance.gain);
+  factors[0] = L == Link::softplus || balance.wide || !side.sides.row.grad ? s.grad : s.scaled;
+  factors[BN] = s.lse;
 }
 
 // What the weights of a thread's two rows need.
 template <Link L>
 struct RowFactors {
-  Upstream own[2];
+  Side own[2];
   float bias[2];
 
   __device__ __forceinline__ RowFactors(const GradSide& side, const Logits& to, int row, const Balance& balance) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      own[h] = upstream_of<L>(side.sides.row_lse, side.sides.row_grad, row + 8 * h, side.pairs.m, balance);
+      own[h] = side_of<L>(side.sides.row, row + 8 * h, side.pairs.m, balance.middle, balance.gain);
       bias[h] = row_bias_of(side.pairs, to, row + 8 * h);
     }
   }
@@ -173,10 +143,10 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
                                            const RowFactors<L>& rows, const float* factors, float (&w)[BN / 8][4],
                                            int row, int col, bool masked, float (&total)[2]) {
   const Pairs& p = side.pairs;
-  const bool of_rows = side.sides.row_grad, of_cols = side.sides.col_grad, both = of_rows && of_cols;
+  const bool of_rows = side.sides.row.grad, of_cols = side.sides.col.grad, both = of_rows && of_cols;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const Upstream& own = rows.own[h];
+    const Side& own = rows.own[h];
     if (L == Link::exp && to.plain && !masked && of_rows && !(of_cols && balance.wide)) {
       const float offset = rows.bias[h] - (both ? balance.middle : own.lse), mine = both ? own.scaled : own.grad;
 #pragma unroll
@@ -191,7 +161,7 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
     for (int i = 0; i < BN / 4; i++) {
       const int at = i / 2 * 8 + i % 2, r = row + 8 * h, c = col + at;
       float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h];
-      if (p.col_bias) v += c < p.n ? p.col_bias[c] * to.unit : 0.0f;
+      if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * to.unit : 0.0f;
       const bool forgotten = masked && !kept(p, r, c, v);
       if constexpr (L == Link::softplus) {
         if (side.total && !forgotten) total[h] += softplus(v);
@@ -240,7 +210,7 @@ __device__ __forceinline__ void store_totals(const GradSide& side, const Balance
       v += __shfl_xor_sync(kAll, v, 2);
     }
     const int r = row + 8 * h;
-    if (threadIdx.x % 4 || r >= side.pairs.m) continue;
+    if (threadIdx.x % 4 || !ptx::guard(r < side.pairs.m)) continue;
     const i64 at = i64(split) * side.pairs.m + r;
     if (side.sum) side.sum[at] = sums[0] / balance.gain;
     if (side.total) side.total[at] = sums[1];
@@ -256,12 +226,12 @@ __device__ __forceinline__ void store_rows(const GradSide& side, const Balance& 
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = row + 8 * h;
-    if (r >= side.pairs.m) continue;
+    if (!ptx::guard(r < side.pairs.m)) continue;
     float* to = side.out + (i64(split) * side.pairs.m + r) * depth;
 #pragma unroll
     for (int d = 0; d < K; d++) {
       const int feature = first + d * 8 + lane % 4 * 2;
-      if (feature >= depth) break;
+      if (!ptx::guard(feature < depth)) break;
       *reinterpret_cast<float2*>(to + feature) = float2{out[d][2 * h] / balance.gain, out[d][2 * h + 1] / balance.gain};
     }
   }

@@ -16,9 +16,4 @@ void finish(const FinishSide& rows, const FinishSide& cols, Dtype dtype, Link li
   with_link(dtype, link, [&]<Dtype T, Link L>() { run(finish_kernel<T, L>, target, 0, rows, cols, bounds, room); });
 }
 
-void balance(const Pairs& pairs, Dtype dtype, Link link, const Sides& sides, float* balance, Target target) {
-  with_link(dtype, link,
-            [&]<Dtype T, Link L>() { run(balance_kernel<T, L>, target, kShared, pairs.m, pairs.n, sides, balance); });
-}
-
 }  // namespace fastcl::cuda

@@ -1,21 +1,9 @@
-// The small kernels around sums and gradients: bounds on the logits before, results after, and what balances weights.
+// The small kernels around sums and gradients: bounds on the logits before, and results after.
 #pragma once
 
 #include "pairs.cuh"
 
 namespace fastcl::cuda {
-
-__device__ __forceinline__ float nan_to_inf(float v) { return v == v ? v : INFINITY; }
-
-// The largest value of a block of kThreads; for thread 0.
-__device__ __forceinline__ float block_max(float v, float* shared) {
-  v = warp_max(v);
-  __syncthreads();  // whoever read `shared` before is done
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  for (int w = 0; w < kWarps; w++) v = fmaxf(v, shared[w]);
-  return v;
-}
 
 // The largest squared length among this block's share of rows; +inf where one is NaN. A warp reads a row.
 template <Dtype T>
@@ -29,9 +17,7 @@ __device__ __forceinline__ float longest(const void* from, int count, int depth)
       const float v = ptx::widen<T>(rows[i64(r) * depth + c]);
       total += v * v;
     }
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) total += __shfl_xor_sync(kAll, total, mask);
-    most = fmaxf(most, nan_to_inf(total));
+    most = fmaxf(most, nan_to_inf(warp_sum(total)));
   }
   return most;
 }
@@ -103,14 +89,14 @@ __device__ float online(const Pairs& p, float scale, int i) {
 // The result of row i from its parts, added in order; one that the constant shift took too many digits from is computed
 // again. For a whole warp, whose rows lie side by side.
 template <Dtype T, Link L>
-__device__ __forceinline__ void finish_rows(const Pairs& p, const float* bounds, const float* parts, int count,
-                                            float* out, int i, int room) {
+__device__ __forceinline__ void finish_rows(const FinishSide& side, const float* bounds, int i, int room) {
+  const Pairs& p = side.pairs;
   float total = 0.0f;
-  for (int part = 0; i < p.m && part < count; part++) total += parts[i64(part) * p.m + i];
+  for (int part = 0; ptx::bound(i < p.m) && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
   if constexpr (L == Link::exp) {
     const float scale = *p.scale, shift = constant_shift(bounds, scale, room);
     // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum.
-    const bool suspect = i < p.m && total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
+    const bool suspect = ptx::bound(i < p.m) && total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
     total = total == 0.0f ? -INFINITY : (shift + log2f(total)) * kLn2;
     unsigned left = __ballot_sync(kAll, suspect);
     for (int lane = 0; left; lane++, left >>= 1) {
@@ -119,7 +105,9 @@ __device__ __forceinline__ void finish_rows(const Pairs& p, const float* bounds,
       if (int(threadIdx.x % 32) == lane) total = exact;
     }
   }
-  if (i < p.m) out[i] = total;
+  if (!ptx::guard(i < p.m)) return;
+  side.out[i] = total;
+  if (side.positive) side.loss[i] = softplus(total - side.positive[i]);  // 0 where there are no negatives
 }
 
 // Blocks take the rows, and after them the columns.
@@ -128,46 +116,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
                                                           const __grid_constant__ FinishSide cols,
                                                           const float* bounds, int room) {
   const bool of_rows = int(blockIdx.x) < rows.blocks;
-  const FinishSide& side = of_rows ? rows : cols;
   const int block = blockIdx.x - (of_rows ? 0 : rows.blocks);
-  finish_rows<T, L>(side.pairs, bounds, side.parts, side.count, side.out, block * kThreads + threadIdx.x, room);
-}
-
-// Middle of all log-sum-exps (base 2), whether they lie too far apart for it, and the gain of fp16 weights.
-// Where a pair counts for its row and for its column, one exponential serves both: with E = 2^(s - middle),
-// w = E (g_i 2^(middle - lse_i) + h_j 2^(middle - lse_j)). No kept logit is above its log-sum-exp. One block.
-template <Dtype T, Link L>
-__global__ void __launch_bounds__(kThreads) balance_kernel(int m, int n, const Sides sides, float* balance) {
-  constexpr float kSpread = 100.0f;    // in base 2, over which those factors stay in range
-  constexpr float kFp16Room = 16384.f;  // weights are about 1 / n^2, below what fp16 holds: the largest is made this large
-  float* shared = reinterpret_cast<float*>(ptx::shared_memory());
-  float middle = 0.0f, wide = 0.0f, gain = 1.0f;
-  const struct {
-    const float *lse, *grad;
-    int count;
-  } both[2] = {{sides.row_lse, sides.row_grad, m}, {sides.col_lse, sides.col_grad, n}};
-  if (L == Link::exp && sides.row_grad && sides.col_grad) {
-    float low = INFINITY, high = -INFINITY;
-    for (const auto& side : both)
-      for (int i = threadIdx.x; i < side.count; i += kThreads) {
-        const float v = side.lse[i] * kLog2E;
-        if (v == INFINITY) continue;  // no pair was kept
-        low = fminf(low, v);
-        high = fmaxf(high, v);
-      }
-    low = -block_max(-low, shared);
-    high = block_max(high, shared);
-    middle = low <= high ? 0.5f * (low + high) : 0.0f;
-    wide = high - low > kSpread ? 1.0f : 0.0f;
-  }
-  if (T == Dtype::f16) {
-    float most = sides.row_grad || sides.col_grad ? 0.0f : 1.0f;
-    for (const auto& side : both)
-      for (int i = threadIdx.x; side.grad && i < side.count; i += kThreads) most = fmaxf(most, fabsf(side.grad[i]));
-    most = block_max(most, shared);
-    gain = most > 0.0f && most < INFINITY ? kFp16Room / most : 1.0f;
-  }
-  if (threadIdx.x == 0) balance[0] = middle, balance[1] = wide, balance[2] = gain;
+  finish_rows<T, L>(of_rows ? rows : cols, bounds, block * kThreads + threadIdx.x, room);
 }
 
 }  // namespace fastcl::cuda

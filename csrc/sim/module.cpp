@@ -2,17 +2,31 @@
 #include "../cuda/bindings.hpp"
 #include "simulator.hpp"
 
+static std::vector<decltype(sim::left_out)> listed;
+
 PYBIND11_MODULE(_simulated, module) {
   fastcl::cuda::bind(module);
-  module.def("places", [] {
-    std::vector<std::string> all;
-    for (const auto& [key, name] : sim::places) all.push_back(name);
-    return all;
+  // What can be left out of the kernels that have run since the places were forgotten.
+  module.def("forget_places", [] {
+    sim::places.clear();
+    ++sim::times_left_out;
   });
-  // Leaves out what stands at a place, by its number in places(); -1: nothing.
-  module.def("leave_out", [](int place) {
-    sim::left_out = {};
-    if (place >= 0) sim::left_out = std::next(sim::places.begin(), place)->first;
+  module.def("places", [] {
+    std::vector<std::string> names;
+    listed.clear();
+    for (const auto& [place, name] : sim::places) {
+      listed.push_back(place);
+      names.push_back(name);
+    }
+    return names;
+  });
+  // Leaves out what stands at a place, by its number in the last list; -1: nothing.
+  module.def("leave_out", [](int number) {
+    sim::left_out = number < 0 ? decltype(sim::left_out){} : listed.at(number);
+    ++sim::times_left_out;
   });
   module.def("seed", [](unsigned seed) { sim::seed = seed; });
+  // Until they are freed, touching these bytes is an error, where the simulator was built with AddressSanitizer.
+  module.def("forbid", [](fastcl::cuda::Address begin, size_t bytes) { sim::forbid(reinterpret_cast<void*>(begin), bytes); });
+  module.attr("sanitized") = sim::kSanitized;
 }

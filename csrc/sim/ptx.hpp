@@ -6,6 +6,9 @@
 
 namespace fastcl::ptx {
 
+inline bool guard(bool holds, sim::Here here = sim::Here::current()) { return !sim::wanted("guard", here) || holds; }
+inline bool bound(bool holds, sim::Here here = sim::Here::current()) { return !sim::wanted("bound", here) || holds; }
+
 inline unsigned char* shared_memory() { return sim::shared_memory(); }
 
 inline uint32_t shared_address(const void* pointer) {

@@ -10,8 +10,8 @@
 //   * shared memory is NaN before every block, and an address outside it is an error;
 //   * collectives that diverge, wait for ever, or are given misaligned addresses are errors; so are barriers that are used
 //     before they are made, and that are told of too many arrivals or bytes.
-// Every barrier, wait and shuffle is known by its place in the source, and can be left out at run time: tests leave out one
-// after the other, and each must be missed.
+// Every barrier, wait, shuffle and mask is known by its place in the source, and can be left out at run time: tests leave
+// out one after the other, and each must be missed.
 //
 // It is not a model of time, of caches or of bank conflicts, and races within one warp between two collectives are seen
 // only in the order of lanes.
@@ -33,6 +33,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -184,14 +185,44 @@ inline thread_local unsigned seed = 0;
 using Here = std::source_location;
 inline std::map<std::pair<std::string, unsigned>, std::string> places;  // (file, line and column) -> "what file:line"
 inline std::pair<std::string, unsigned> left_out;
+inline unsigned times_left_out = 0;
 
-// Whether what stands at this place is to be done.
+// Whether what stands at this place is to be done. Asked for every pair of every tile, so answers are remembered.
 inline bool wanted(const char* what, const Here& here) {
+  struct Answer {
+    const char* file;
+    unsigned line, column, when;
+    bool wanted;
+  };
+  static Answer answers[4096] = {};
+  Answer& a = answers[(here.line() * 64 + here.column()) % 4096];
+  if (a.file == here.file_name() && a.line == here.line() && a.column == here.column() && a.when == times_left_out)
+    return a.wanted;
   const std::string path = here.file_name();
   const std::pair key{path.substr(path.rfind('/') + 1), here.line() * 256 + here.column()};
   if (!places.count(key)) places[key] = std::string(what) + " " + key.first + ":" + std::to_string(here.line());
-  return key != left_out;
+  a = {here.file_name(), here.line(), here.column(), times_left_out, key != left_out};
+  return a.wanted;
 }
+
+// ---- AddressSanitizer ------------------------------------------------------------------------------------------------
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+inline bool reported = false;
+
+inline void forbid(void* begin, size_t bytes) { __asan_poison_memory_region(begin, bytes); }
+
+// It goes on after an error (halt_on_error=0), so that a launch can end with an exception, and the next be tried.
+inline void refuse_reported() {
+  __asan_set_error_report_callback([](const char*) { reported = true; });
+  if (std::exchange(reported, false)) fail("AddressSanitizer reported an access to memory outside");
+}
+#else
+constexpr bool kSanitized = false;
+inline void forbid(void*, size_t) {}
+inline void refuse_reported() {}
+#endif
 
 inline bool copies_land_at_once() { return seed & 1; }
 inline bool products_are_done_at_once() { return seed & 2; }
@@ -363,6 +394,7 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
     b.all[i].warp = i / 32;
     b.all[i].stack = stacks.get() + i * kStack;
   }
+  refuse_reported();
   block = &b;
   for (unsigned y = 0; y < grid.y; y++)
     for (unsigned x = 0; x < grid.x; x++) {
@@ -370,6 +402,7 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
       run_block((seed + 1) * 0x9E3779B97F4A7C15ull + x + y * 7919);
     }
   block = nullptr;
+  refuse_reported();
 }
 
 inline dim3 thread_index() { return {thread->index, 0, 0}; }

@@ -15,7 +15,8 @@ and may have more, each of which ``chunked`` or the kernels above replace where 
     contrastive(x, y, scale, dtype, normalize, both) -> (loss, *saved)            # raw rows to losses
     contrastive_grad(x, y, scale, grad, saved, want_x, want_y) -> (dx, dy, dots)
 
-``op`` is one of ``OPS``, or the name of one of these. To add a backend, add a file here and its name to ``PREFERENCE``.
+``op`` is one of ``OPS``, or the name of one of these: a module that has one for some rows only says so in
+``unsupported``. To add a backend, add a file here and its name to ``PREFERENCE``.
 """
 
 from __future__ import annotations

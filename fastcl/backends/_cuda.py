@@ -2,12 +2,13 @@
 
 Here stands what is launched. Results are found in the same steps as those of the ``triton`` backend: bounds and key
 ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned
-by blocks of rows. Tests run the same kernels on CPU tensors, in a simulator (``csrc/sim``).
+by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. Tests run the same kernels on
+CPU tensors, in a simulator (``csrc/sim``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +25,11 @@ except ImportError:
 
 kernels: ModuleType | None = getattr(_C, "cuda", None)
 _LINKS = {"exp": 0, "softplus": 1}
-_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # as csrc/kernels.hpp numbers them
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/kernels.hpp numbers them
 _SPANS = 32  # of rows, and of columns
 _UNITS = _SPANS * (_SPANS + 1) // 2
 _THREADS = 128
+_SHORTEST_RANGE = 16  # of keys, of any backend: fakes do not know whose ranges they are
 _BUILD_REPORT = Path(__file__).parent.parent / "_cuda_build.txt"
 
 
@@ -41,7 +43,7 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return "has CUDA kernels for compute capability 8.0 and later only"
     if op == "topk":
         return "has no CUDA kernel for neighbours"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16 rows on a GPU, got {x.dtype}"
     if x.shape[1] % 8 or not 0 < x.shape[1] <= kernels.deepest:
         return f"needs a multiple of 8 features, at most {kernels.deepest}, on a GPU; got {x.shape[1]}"
@@ -50,37 +52,46 @@ def unsupported(op: str, x: Tensor) -> str | None:
 
 def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     call = _Call(link, pairs)
-    m, n = call.m, call.n
-    row, col = _new(pairs.x, m), _new(pairs.x, n if both else 0)
-    if m == 0 or n == 0:
+    row, col = _new(pairs.x, call.m), _new(pairs.x, call.n if both else 0)
+    if call.m == 0 or call.n == 0:
         empty = -torch.inf if link == "exp" else 0.0
         return row.fill_(empty), col.fill_(empty)
     call.find_bounds(link == "exp")
-    rows, cols, _, _, parts = call.products.tiles(call.depth)
-    if pairs.symmetric:
+    _reduce(call, row, col)
+    return row, col
+
+
+def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = None, loss: Tensor | None = None) -> None:
+    """Writes the results of rows and (unless empty) columns; from the logits of partners, the losses of both."""
+    m, n, both = call.m, call.n, len(col) > 0
+    rows, cols, _, _, parts, at_once = call.tiles()
+    if call.symmetric:
         side = max(rows, cols)
         row_span = col_span = _span(n, side, _SPANS)
         row_spans = _blocks(n, row_span)
         units = row_spans * (row_spans + 1) // 2
-        row_parts = col_parts = _new(pairs.x, parts * row_spans + 1, n)
+        row_parts = col_parts = _new(row, parts * row_spans + 1, n)
     else:
         row_span = _span(m, rows, 24)
         row_spans = _blocks(m, row_span)
         col_span = _span(n, cols, _blocks(_UNITS, row_spans))
         col_spans = _blocks(n, col_span)
         units = row_spans * col_spans
-        row_parts, col_parts = _new(pairs.x, parts * col_spans, m), _new(pairs.x, row_spans, n if both else 0)
+        row_parts, col_parts = _new(row, parts * col_spans, m), _new(row, row_spans, n if both else 0)
     room = 126 - (max(m, n) - 1).bit_length()
     call.launch(
-        call.products.sums, min(units, call.blocks_at_once()), call.pairs, call.dtype, call.link,
-        tuple(map(_address, (call.bounds, row_parts, col_parts))), (room, row_span, col_span, row_spans, units),
+        "sums", min(units, at_once * processors(call.device)), call.pairs, call.dtype, call.link,
+        _addresses(call.bounds, row_parts, col_parts), (room, row_span, col_span, row_spans, units),
     )  # fmt: skip
-    sides = []
-    for side_pairs, parts, out in ((call.pairs, row_parts, row), (call.swapped(), col_parts, col)):
-        sides.append((side_pairs, (_address(parts), _address(out)), (len(parts), _blocks(len(out), _THREADS))))
-    blocks = sum(side[2][1] for side in sides)
-    call.launch(call.kernels.finish, blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
-    return row, col
+    col_loss = loss if loss is None else loss[m:]
+    sides = [
+        (pairs, _addresses(parts, out, positive, losses), (len(parts), _blocks(len(out), _THREADS)))
+        for pairs, parts, out, losses in (
+            (call.pairs, row_parts, row, loss), (call.swapped(), col_parts, col, col_loss)
+        )
+    ]  # fmt: skip
+    blocks = sum(counts[1] for *_, counts in sides)
+    call.launch("finish", blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
 
 
 def grad(
@@ -89,8 +100,6 @@ def grad(
     """dx, dy, row_sum, col_sum, and the results of rows; with no upstream gradients, those of the sum over all rows."""
     call = _Call(link, pairs)
     (m, d), n = pairs.x.shape, call.n
-    sides = Sides(*(call.keep(t, torch.float32) for t in sides))
-    wanted = ((want_dx, want_sums, want_total), (want_dy, want_sums and not pairs.symmetric, False))
     if m == 0 or n == 0:
 
         def zeros(want: bool, *shape: int) -> Tensor:
@@ -99,28 +108,35 @@ def grad(
         dx, dy = zeros(want_dx, m, d), zeros(want_dy, n, d)
         return dx, dy, zeros(want_sums, m), zeros(want_sums, n), zeros(want_total, m)
     call.find_bounds(False)
-    balance = _new(pairs.x, 3)
-    side_addresses = tuple(map(_address, sides))
-    call.launch(call.kernels.balance, 1, call.pairs, call.dtype, call.link, side_addresses, _address(balance))
-    _, _, rows, cols, _ = call.products.tiles(d)
-    blocks = [_blocks(count, rows) if any(want) else 0 for count, want in zip((m, n), wanted, strict=True)]
-    results: list[Tensor] = []
-    tuples = []
-    for side, (count, other, want) in enumerate(((m, n, wanted[0]), (n, m, wanted[1]))):
-        splits = _splits(pairs.x, sum(blocks), _blocks(other, cols))
-        shapes = ((splits, count, d), (splits, count), (splits, count))
-        parts = [_new(pairs.x, *(shape if w else (0,))) for shape, w in zip(shapes, want, strict=True)]
-        results += parts
-        tuples.append((
-            call.swapped() if side else call.pairs,
-            (*side_addresses[2:], *side_addresses[:2]) if side else side_addresses,
-            tuple(map(_address, parts)), (blocks[side], splits),
-        ))  # fmt: skip
-    programs = sum(t[3][0] * t[3][1] for t in tuples)
-    if programs:
-        call.launch(call.products.grad, programs, *tuples, call.dtype, call.link, _address(balance))
-    dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in results)
+    upstream = call.upstream(sides.row_lse, sides.row_grad), call.upstream(sides.col_lse, sides.col_grad)
+    wanted = (want_dx, want_sums, want_total), (want_dy, want_sums and not pairs.symmetric, False)
+    parts = _grad(call, upstream, *wanted)
+    dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in parts)
     return dx, dy, row_sum, row_sum.clone() if pairs.symmetric else col_sum, total
+
+
+def _grad(
+    call: _Call, upstream: tuple[Any, Any], of_rows: tuple[bool, bool, bool], of_cols: tuple[bool, bool, bool]
+) -> list[Tensor]:
+    """Gradients, sums of weights and results of rows, then those of columns, where they are wanted: in parts."""
+    _, _, rows, cols, _, _ = call.tiles()
+    row_blocks, col_blocks = (
+        _blocks(count, rows) if any(want) else 0 for count, want in ((call.m, of_rows), (call.n, of_cols))
+    )
+    results: list[Tensor] = []
+    sides = []
+    for pairs, vectors, count, other, want, blocks in (
+        (call.pairs, upstream, call.m, call.n, of_rows, row_blocks),
+        (call.swapped(), upstream[::-1], call.n, call.m, of_cols, col_blocks),
+    ):
+        splits = _splits(call.device, row_blocks + col_blocks, _blocks(other, cols))
+        shapes = ((splits, count, call.depth), (splits, count), (splits, count))
+        parts = [_new(call.tensors[0], *(shape if w else (0,))) for shape, w in zip(shapes, want, strict=True)]
+        results += parts
+        sides.append((pairs, vectors, _addresses(*parts), (blocks, splits)))
+    programs = sum(blocks * splits for *_, (blocks, splits) in sides)
+    call.launch("grad", programs, *sides, call.dtype, call.link)
+    return results
 
 
 def reduce_grad(
@@ -138,6 +154,67 @@ def family(device: torch.device) -> str:
     return "hopper" if hopper and hasattr(kernels, "hopper") else "ampere"
 
 
+def contrastive(
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool
+) -> tuple[Tensor, ...]:
+    one_set = y is None
+    b, d = len(x) // 2 if one_set else len(x), x.shape[1]
+    z, positive = _new(x, 2 * b, d, dtype=dtype), _new(x, 2 * b)
+    length = _new(x, 2 * b if normalize else 0)
+    keys, ranges = (_new(x, *shape, dtype=torch.long) for shape in ((2 * b,), (_blocks(2 * b, _SHORTEST_RANGE), 2)))
+    lse = _new(x, 2 * b if one_set or both else b)
+    loss = _new(x, len(lse))
+    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call.bounds, call.ranges = None if normalize else _new(x, 4, call.kernels.parts), (_address(ranges),) * 2
+    call.launch(
+        "prepare", _blocks(b, call.kernels.views_rows) if normalize else call.kernels.parts,
+        call.views(x, y, z, length, positive), _DTYPES[x.dtype], call.dtype, *_addresses(call.bounds, keys, ranges),
+    )  # fmt: skip
+    _reduce(call, *((lse, lse[:0]) if one_set else (lse[:b], lse[b:])), positive, loss)
+    return loss, z, length, positive, lse, keys, ranges
+
+
+def contrastive_grad(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    want_x: bool,
+    want_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, length, positive, lse, keys, ranges = saved
+    b, one_set = len(z) // 2, y is None
+    want_y = want_y and not one_set
+    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call.ranges = (_address(ranges),) * 2
+    # the anchors of the first view and, where there are any, those of the second
+    first, second = (call.upstream(lse[half], grad[half], positive[half]) for half in (slice(b), slice(b, None)))
+    everything = call.upstream(lse, grad, positive)
+    upstream = (everything, everything) if one_set else (first, second)
+    dx_parts, _, _, dy_parts, _, _ = _grad(call, upstream, (want_x, False, False), (want_y, False, False))
+    dx = _new(x, *(x.shape if want_x else (0,)), dtype=x.dtype)
+    dy = _new(x, *(x.shape if want_y else (0,)), dtype=x.dtype)
+    dots = _new(x, 2 * b if one_set or want_y else b)
+    if one_set:
+        outs = (dx_parts, dx[:b], dots[:b]), (dx_parts[:, b:], dx[b:], dots[b:])
+    else:
+        outs = (dx_parts, dx, dots[:b]), (dy_parts, dy, dots[b:])
+    sides = ((_addresses(*tensors), (len(tensors[0]), 2 * b if one_set else b)) for tensors in outs)
+    call.launch(
+        "restore", _blocks(b, call.kernels.views_rows), call.views(x, y, z, length, positive), (first, second), *sides,
+        _DTYPES[x.dtype], call.dtype,
+    )  # fmt: skip
+    return dx, dy, dots
+
+
+def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
+    """Every row against the rows of other pairs; of two sets, the first half against the second."""
+    half = len(z) // 2
+    x, y = (z, z) if one_set else (z[:half], z[half:])
+    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
+
+
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
@@ -151,15 +228,14 @@ class _Call:
         assert kernels is not None
         self.kernels, self.link, self.dtype = kernels, _LINKS[link], _DTYPES[pairs.x.dtype]
         self.products = getattr(kernels, family(pairs.x.device))
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []  # the rows come first
         self.device, self.symmetric = pairs.x.device, pairs.symmetric
         (self.m, self.depth), self.n = pairs.x.shape, len(pairs.y)
         x = self.keep(_aligned(pairs.x))
         y = x if pairs.symmetric else self.keep(_aligned(pairs.y))
         self.rows = (_address(x), _address(y))
-        scale = self.keep(pairs.scale.reshape(1), torch.float32)
-        self.reals = (_address(scale), *(_address(self.keep(t, torch.float32)) for t in (
-            pairs.row_bias, pairs.col_bias, pairs.row_ceiling, pairs.col_ceiling)))  # fmt: skip
+        reals = (pairs.scale, pairs.row_bias, pairs.col_bias, pairs.row_ceiling, pairs.col_ceiling)
+        self.reals = tuple(_address(self.keep(t, torch.float32)) for t in reals)
         keys = (pairs.drop_x, pairs.drop_y, pairs.only_x, pairs.only_y)
         self.keys = tuple(_address(self.keep(t, torch.long)) for t in keys)
         self.bounds: Tensor | None = None
@@ -185,6 +261,23 @@ class _Call:
         self.tensors.append(t)
         return t
 
+    def upstream(self, lse: Tensor | None, grad: Tensor | None, positive: Tensor | None = None) -> Any:
+        """Upstream gradients of one side, and what they belong to; one number may stand for those of all rows."""
+        if grad is None or len(grad) == 0:
+            return (0, 0, 0), 0
+        grad = grad.detach().to(torch.float32)
+        if grad.stride(0):
+            grad = grad.contiguous()
+        self.tensors.append(grad)
+        return _addresses(self.keep(lse, torch.float32), grad, positive), grad.stride(0)
+
+    def views(self, x: Tensor, y: Tensor | None, z: Tensor, length: Tensor, positive: Tensor) -> Any:
+        """Raw rows of both views (two tensors, or the halves of one), and what is made of them."""
+        half = len(z) // 2
+        first, second = (x[:half], x[half:]) if y is None else (x, y)
+        rows = (self.keep(_aligned(first)), self.keep(_aligned(second)))
+        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.depth)
+
     def find_bounds(self, bounds: bool) -> None:
         """Bounds on what a logit is made of, where they are wanted, and the ranges of the drop keys."""
         x = self.tensors[0]
@@ -192,21 +285,25 @@ class _Call:
             self.bounds = _new(x, 4, self.kernels.parts)
         if self.keys[0]:
             counts = (_blocks(count, self.kernels.keys_in_a_range) for count in (self.m, self.n))
-            row, col = (torch.empty(count, 2, dtype=torch.long, device=x.device) for count in counts)
+            row, col = (_new(x, count, 2, dtype=torch.long) for count in counts)
             self.tensors += (row, col)
             self.ranges = (_address(row), _address(row if self.symmetric else col))
         if bounds or self.keys[0]:
-            self.launch(self.kernels.bounds, self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
+            self.launch("bounds", self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
 
-    def launch(self, kernel: Callable[..., None], blocks: int, *args: Any) -> None:
+    def tiles(self) -> Sequence[int]:
+        """Rows and columns of a tile of sums, of a gradient; parts of a span of columns; blocks of sums on a processor."""
+        found: Sequence[int] = self.products.tiles(self.depth)
+        return found
+
+    def launch(self, kernel: str, blocks: int, *args: Any) -> None:
+        if blocks == 0:
+            return None
+        function = getattr(self.products, kernel, None) or getattr(self.kernels, kernel)
         if self.device.type != "cuda":  # the simulator
-            return kernel(*args, blocks, 0)
+            return function(*args, blocks, 0)
         with torch.cuda.device(self.device):
-            kernel(*args, blocks, torch.cuda.current_stream().cuda_stream)
-
-    def blocks_at_once(self) -> int:
-        """Of sums, on the whole device."""
-        return processors(self.device) * (1 if self.products is getattr(self.kernels, "hopper", None) else 2)
+            function(*args, blocks, torch.cuda.current_stream().cuda_stream)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -224,17 +321,21 @@ def _span(count: int, block: int, most: int) -> int:
     return _blocks(blocks, min(blocks, most)) * block
 
 
-def _splits(x: Tensor, programs: int, tiles: int) -> int:
+def _splits(device: torch.device, programs: int, tiles: int) -> int:
     """Into how many spans the columns are cut so that every processor has work."""
-    available = processors(x.device)
+    available = processors(device)
     if programs == 0 or programs >= available:
         return 1
     each = _blocks(tiles, min(_blocks(2 * available, programs), max(1, tiles // 2)))
     return _blocks(tiles, each)
 
 
-def _new(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=torch.float32)
+def _new(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return x.new_empty(shape, dtype=dtype)
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(map(_address, tensors))
 
 
 def _address(t: Tensor | None) -> int:

@@ -65,6 +65,8 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return status()
     if x.is_cuda:
         return _cuda.unsupported(op, x)
+    if op == "contrastive":
+        return "has no fused contrastive operation on the CPU"
     if x.dtype not in _DTYPES:
         return f"has no kernels for {x.dtype}"
     return None
@@ -146,6 +148,9 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
     call.engine.pack(packed.data_ptr(), False)
     call.engine.topk(call.work(), topk, values.data_ptr(), indices.data_ptr())
     return values, indices
+
+
+contrastive, contrastive_grad = _cuda.contrastive, _cuda.contrastive_grad  # `unsupported` keeps CPU tensors away
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
