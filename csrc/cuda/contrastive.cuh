@@ -56,23 +56,18 @@ __device__ __forceinline__ Packet<R> packed(const Features& f) {
   return packet;
 }
 
-// The packet of row i that is this lane's; only where it is inside the row.
-template <Dtype R, class Rows>
-__device__ __forceinline__ auto packet_of(Rows* rows, i64 i, int depth) {
-  using Pointer = std::conditional_t<std::is_const_v<Rows>, const Packet<R>*, Packet<R>*>;
-  return static_cast<Pointer>(rows) + (i * depth / kEach + threadIdx.x % 32);
-}
+// Which packet of a matrix is row i's and this lane's; only where the lane is inside the row.
+__device__ __forceinline__ i64 packet_at(i64 i, int depth) { return i * depth / kEach + threadIdx.x % 32; }
+__device__ __forceinline__ bool inside(int depth) { return ptx::guard(int(threadIdx.x % 32) * kEach < depth); }
 
 template <Dtype R>
 __device__ __forceinline__ Features read(const void* rows, i64 i, int depth) {
-  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
-  return inside ? unpacked<R>(*packet_of<R>(rows, i, depth)) : Features{};
+  return inside(depth) ? unpacked<R>(static_cast<const Packet<R>*>(rows)[packet_at(i, depth)]) : Features{};
 }
 
 template <Dtype R>
 __device__ __forceinline__ void write(void* rows, i64 i, int depth, const Packet<R>& packet) {
-  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
-  if (inside) *packet_of<R>(rows, i, depth) = packet;
+  if (inside(depth)) static_cast<Packet<R>*>(rows)[packet_at(i, depth)] = packet;
 }
 
 // Divides a row by its length, and returns that: +inf, and a row of zeros, below the smallest number.

@@ -176,6 +176,7 @@ constexpr bool kSanitized = true;
 inline bool reported = false;
 
 inline void forbid(void* begin, size_t bytes) { __asan_poison_memory_region(begin, bytes); }
+inline void allow(void* begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
 
 // It goes on after an error (halt_on_error=0), so that a launch can end with an exception, and the next be tried.
 inline void refuse_reported() {
@@ -185,6 +186,7 @@ inline void refuse_reported() {
 #else
 constexpr bool kSanitized = false;
 inline void forbid(void*, size_t) {}
+inline void allow(void*, size_t) {}
 inline void refuse_reported() {}
 #endif
 
@@ -289,6 +291,7 @@ inline void run_block(uint64_t random) {
     t.asleep_on = nullptr;
     t.copies.clear();
     t.committed = 0;
+    allow(t.stack, kStack);  // frames of the block before have not been left
     t.fiber.start(t.stack, run_thread);
   }
   std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
