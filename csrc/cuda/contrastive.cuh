@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const Views v, float*
   }
   for (int i = blockIdx.x * kThreads + threadIdx.x; i * kRange < 2 * v.count; i += gridDim.x * kThreads) {
     const int first = i * kRange, last = min(first + kRange, 2 * v.count) - 1;
-    const bool astride = first < v.count && last >= v.count;  // of both views
-    ranges[2 * i] = astride ? 0 : first % v.count;
-    ranges[2 * i + 1] = astride ? v.count - 1 : last % v.count;
+    const bool of_one_view = ptx::guard(first >= v.count || last < v.count);
+    ranges[2 * i] = of_one_view ? first % v.count : 0;
+    ranges[2 * i + 1] = of_one_view ? last % v.count : v.count - 1;
   }
 }
 

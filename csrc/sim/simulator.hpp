@@ -179,14 +179,19 @@ inline void forbid(void* begin, size_t bytes) { __asan_poison_memory_region(begi
 inline void allow(void* begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
 
 // It goes on after an error (halt_on_error=0), so that a launch can end with an exception, and the next be tried.
-inline void refuse_reported() {
+inline void begin_to_watch() {
+  reported = false;
   __asan_set_error_report_callback([](const char*) { reported = true; });
-  if (std::exchange(reported, false)) fail("AddressSanitizer reported an access to memory outside");
+}
+
+inline void refuse_reported() {
+  if (reported) fail("AddressSanitizer reported an access to memory outside");
 }
 #else
 constexpr bool kSanitized = false;
 inline void forbid(void*, size_t) {}
 inline void allow(void*, size_t) {}
+inline void begin_to_watch() {}
 inline void refuse_reported() {}
 #endif
 
@@ -341,7 +346,7 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
     b.all[i].warp = i / 32;
     b.all[i].stack = stacks.get() + i * kStack;
   }
-  refuse_reported();
+  begin_to_watch();
   block = &b;
   for (unsigned y = 0; y < grid.y; y++)
     for (unsigned x = 0; x < grid.x; x++) {
