@@ -407,7 +407,6 @@ def test_losses_reach_the_fused_operator(kernels: ModuleType, monkeypatch: pytes
         ours = losses(functional)
         only_y = torch.autograd.grad(functional.clip(x.detach(), y, scale=6.0, normalize=True), y)[0]
         report = explain(functional.clip, x, y, scale=6.0, normalize=True)
-    torch.library.opcheck(_ops.contrastive, (x.detach(), None, scale, torch.bfloat16, True, True, "native"))
     assert report.startswith("contrastive (30 x 30 x 32, bfloat16") and "contrastive_grad" in report, report
     for loss, want in zip(ours, losses(reference), strict=True):
         assert_close(loss, want, 1e-3)
@@ -415,6 +414,19 @@ def test_losses_reach_the_fused_operator(kernels: ModuleType, monkeypatch: pytes
         for g, w in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
             assert_close(g, w, 2e-2)
     assert_close(only_y, torch.autograd.grad(reference.clip(x, y, scale=6.0, normalize=True), y)[0], 2e-2)
+
+
+def test_opcheck_contrastive(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "kernels", simulator)
+    monkeypatch.setattr(native, "unsupported", _cuda.unsupported)
+    simulator.seed(0)
+    scale = torch.tensor(2.0)
+    for x, y in (torch.randn(6, 8), None), (torch.randn(6, 8), torch.randn(6, 8)):
+        args = (x, y, scale, torch.bfloat16, True, y is not None, "native")
+        torch.library.opcheck(_ops.contrastive, args)
+        loss, *saved = _ops.contrastive(*args)
+        for want_y in {False, y is not None}:
+            torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, True, want_y, "native"))
 
 
 def exercise(simulator: ModuleType, guards: Guards) -> None:

@@ -287,6 +287,7 @@ inline bool step(Thread& t) {
   if (t.done || (t.asleep_on && *t.asleep_on == t.asleep_at)) return false;
   enter(t);
   if (block->error) std::rethrow_exception(block->error);
+  refuse_reported();
   return true;
 }
 
@@ -354,7 +355,6 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
       run_block((seed + 1) * 0x9E3779B97F4A7C15ull + x + y * 7919);
     }
   block = nullptr;
-  refuse_reported();
 }
 
 inline dim3 thread_index() { return {thread->index, 0, 0}; }
