@@ -461,7 +461,7 @@ def exercise(simulator: ModuleType, guards: Guards) -> None:
         assert_close(dx, want, GRADIENT[torch.float16])
         guards.check()
     # Narrow tiles, one of which is exactly the range of keys that both views have a share in.
-    check_contrastive(torch.bfloat16, torch.bfloat16, 144, 136, True)
+    check_contrastive(torch.bfloat16, torch.bfloat16, 48, 136, True)
 
 
 def one_rule_each() -> Iterator[Pairs]:
