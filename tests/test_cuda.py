@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import explain, functional, pairwise, reference, use_backend
+from fastcl import _ops, explain, functional, pairwise, reference, use_backend
 from fastcl.backends import Pairs, Sides, _cuda, chunked, native
 
 from .oracle import assert_close
@@ -38,22 +38,25 @@ def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def compile_one(source: Path) -> str:
-        output = folder / f"{source.stem}.o"
-        done = subprocess.run(
-            ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return str(output)
+        output = str(folder / f"{source.stem}.o")
+        gxx(*flags, "-x", "c++", "-c", str(source), "-o", output)
+        return output
 
     sources = [*(csrc / "cuda" / f"{name}.cu" for name in SOURCES), csrc / "sim" / "module.cpp"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / f"_simulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *EXTRA_FLAGS, *objects, "-o", str(library)], check=True)
+    gxx("-shared", *EXTRA_FLAGS, *objects, "-o", str(library))
     loader = ExtensionFileLoader("_simulated", str(library))
     module = module_from_spec(spec_from_loader("_simulated", loader))  # type: ignore[arg-type]
     loader.exec_module(module)
     return module
+
+
+def gxx(*args: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of `make sanitize`
+    done = subprocess.run(["g++", *args], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -213,13 +216,15 @@ def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pyte
 
 
 def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
-    pairs = one_set(150, 72, torch.float16)
-    results = []
+    pairs, (x, y), scale = one_set(150, 72, torch.float16), raw_rows(75, 72, torch.float32, False), torch.tensor(9.0)
+    results: list[tuple[torch.Tensor, ...]] = []
     for seed in (*SEEDS, 33):
         kernels.seed(seed)
         row, _ = _cuda.reduce("exp", pairs, False)
         side = (row, torch.ones_like(row))
         results.append((row, *_cuda.grad("exp", pairs, Sides(*side, *side), True, False, True)))
+        loss, *saved = _cuda.contrastive(x, y, scale, torch.float16, True, True)
+        results[-1] += (loss, *_cuda.contrastive_grad(x, y, scale, torch.ones_like(loss), tuple(saved), True, True))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -418,6 +423,19 @@ def test_losses_reach_the_fused_operator(kernels: ModuleType, monkeypatch: pytes
     assert_close(only_y, torch.autograd.grad(reference.clip(x, y, scale=6.0, normalize=True), y)[0], 2e-2)
 
 
+def test_opcheck_contrastive(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "kernels", simulator)
+    monkeypatch.setattr(native, "unsupported", _cuda.unsupported)
+    simulator.seed(0)
+    scale = torch.tensor(2.0)
+    for x, y in (torch.randn(6, 8), None), (torch.randn(6, 8), torch.randn(6, 8)):
+        args = (x, y, scale, torch.bfloat16, True, y is not None, "native")
+        torch.library.opcheck(_ops.contrastive, args)
+        loss, *saved = _ops.contrastive(*args)
+        for want_y in {False, y is not None}:
+            torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, True, want_y, "native"))
+
+
 def exercise(simulator: ModuleType, guards: Guards) -> None:
     """Enough of all kernels that nothing can be left out unseen: masks, and what threads do together."""
     for seed, rule in enumerate(one_rule_each(), 7):
@@ -450,6 +468,8 @@ def exercise(simulator: ModuleType, guards: Guards) -> None:
         want = chunked.grad("softplus", in_fp64(half), Sides(None, upstream.double()), True, False, False)[0]
         assert_close(dx, want, GRADIENT[torch.float16])
         guards.check()
+    # Narrow tiles, one of which is exactly the range of keys that both views have a share in.
+    check_contrastive(torch.bfloat16, torch.bfloat16, 48, 136, True)
 
 
 def one_rule_each() -> Iterator[Pairs]:
@@ -490,3 +510,38 @@ def test_no_barrier_wait_shuffle_or_mask_can_be_left_out(
         kernels.leave_out(-1)
     assert len(places) > 40
     assert not unseen, "\n".join(unseen)
+
+
+TOO_MANY_ROWS = """
+#include <cstdlib>
+#include <vector>
+#include "cuda/launch.hpp"
+
+int main(int, char** arguments) {
+  using namespace fastcl;
+  std::vector<uint16_t> rows(33 * 40);
+  std::vector<float> bounds(4 * cuda::kParts);
+  cuda::Pairs pairs{};
+  pairs.x = pairs.y = rows.data();
+  pairs.m = pairs.n = std::atoi(arguments[1]);
+  pairs.depth = 40;
+  cuda::bounds(pairs, Dtype::bf16, bounds.data(), nullptr, nullptr, {3, nullptr});
+}
+"""
+
+
+def test_a_sanitizer_sees_through_the_simulator(tmp_path: Path) -> None:
+    """33 rows are there: one more, and AddressSanitizer names the kernel. `make sanitize` runs this file so."""
+    where = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(where).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer runtime (libasan) here")
+    (tmp_path / "main.cpp").write_text(TOO_MANY_ROWS)
+    sources = str(CSRC / "cuda" / "vectors.cu"), str(tmp_path / "main.cpp")
+    flags = ("-std=c++20", "-g1", "-fsanitize=address,undefined", "-DFASTCL_SIMULATE", f"-I{CSRC}", "-x", "c++")
+    gxx(*flags, *sources, "-o", str(tmp_path / "program"))
+    for rows in (33, 34):
+        environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+        done = subprocess.run([tmp_path / "program", str(rows)], capture_output=True, text=True, env=environment)
+        found = "heap-buffer-overflow" in done.stderr and "bounds_kernel" in done.stderr
+        assert found == (rows == 34), done.stderr
+        assert (done.returncode == 0) == (rows == 33), done.stderr

@@ -56,23 +56,18 @@ __device__ __forceinline__ Packet<R> packed(const Features& f) {
   return packet;
 }
 
-// The packet of row i that is this lane's; only where it is inside the row.
-template <Dtype R, class Rows>
-__device__ __forceinline__ auto packet_of(Rows* rows, i64 i, int depth) {
-  using Pointer = std::conditional_t<std::is_const_v<Rows>, const Packet<R>*, Packet<R>*>;
-  return static_cast<Pointer>(rows) + (i * depth / kEach + threadIdx.x % 32);
-}
+// Which packet of a matrix is row i's and this lane's; only where the lane is inside the row.
+__device__ __forceinline__ i64 packet_at(i64 i, int depth) { return i * depth / kEach + threadIdx.x % 32; }
+__device__ __forceinline__ bool inside(int depth) { return ptx::guard(int(threadIdx.x % 32) * kEach < depth); }
 
 template <Dtype R>
 __device__ __forceinline__ Features read(const void* rows, i64 i, int depth) {
-  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
-  return inside ? unpacked<R>(*packet_of<R>(rows, i, depth)) : Features{};
+  return inside(depth) ? unpacked<R>(static_cast<const Packet<R>*>(rows)[packet_at(i, depth)]) : Features{};
 }
 
 template <Dtype R>
 __device__ __forceinline__ void write(void* rows, i64 i, int depth, const Packet<R>& packet) {
-  const bool inside = ptx::guard(int(threadIdx.x % 32) * kEach < depth);
-  if (inside) *packet_of<R>(rows, i, depth) = packet;
+  if (inside(depth)) static_cast<Packet<R>*>(rows)[packet_at(i, depth)] = packet;
 }
 
 // Divides a row by its length, and returns that: +inf, and a row of zeros, below the smallest number.
@@ -126,9 +121,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const Views v, float*
   }
   for (int i = blockIdx.x * kThreads + threadIdx.x; i * kRange < 2 * v.count; i += gridDim.x * kThreads) {
     const int first = i * kRange, last = min(first + kRange, 2 * v.count) - 1;
-    const bool astride = first < v.count && last >= v.count;  // of both views
-    ranges[2 * i] = astride ? 0 : first % v.count;
-    ranges[2 * i + 1] = astride ? v.count - 1 : last % v.count;
+    const bool of_one_view = ptx::guard(first >= v.count || last < v.count);
+    ranges[2 * i] = of_one_view ? first % v.count : 0;
+    ranges[2 * i + 1] = of_one_view ? last % v.count : v.count - 1;
   }
 }
 

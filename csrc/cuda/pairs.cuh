@@ -21,17 +21,16 @@ __device__ __forceinline__ bool kept(const Pairs& p, int i, int j, float s) {
   return !p.only_x || ptx::guard(p.only_x[i] == p.only_y[j]);
 }
 
-// The least and the largest drop key of some rows, a multiple of kRange of them.
+// The least and the largest drop key of some rows, a multiple of kRange of them, all inside the matrix.
 struct KeyRange {
   i64 low, high;
 };
 
 template <int ROWS>
-__device__ __forceinline__ KeyRange key_range(const i64* ranges, int first, int count) {
+__device__ __forceinline__ KeyRange key_range(const i64* ranges, int first) {
   KeyRange r{INT64_MAX, INT64_MIN};
 #pragma unroll
   for (int i = 0; i < ROWS / kRange; i++) {
-    if (!ptx::bound(first + i * kRange < count)) break;
     const i64* at = ranges + 2 * (first / kRange + i);
     r.low = at[0] < r.low ? at[0] : r.low;
     r.high = at[1] > r.high ? at[1] : r.high;
@@ -45,7 +44,7 @@ __device__ __forceinline__ bool needs_mask(const Pairs& p, int row, int col) {
   if (!ptx::guard(row + BM <= p.m) || !ptx::guard(col + BN <= p.n)) return true;
   if (!ptx::guard(!p.only_x) || !ptx::guard(!p.row_ceiling) || !ptx::guard(!p.col_ceiling)) return true;
   if (!p.drop_x) return false;
-  const KeyRange rows = key_range<BM>(p.row_ranges, row, p.m), cols = key_range<BN>(p.col_ranges, col, p.n);
+  const KeyRange rows = key_range<BM>(p.row_ranges, row), cols = key_range<BN>(p.col_ranges, col);
   return !ptx::guard(rows.low > cols.high || cols.low > rows.high);
 }
 

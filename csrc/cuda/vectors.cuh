@@ -95,8 +95,8 @@ __device__ __forceinline__ void finish_rows(const FinishSide& side, const float*
   for (int part = 0; ptx::bound(i < p.m) && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
   if constexpr (L == Link::exp) {
     const float scale = *p.scale, shift = constant_shift(bounds, scale, room);
-    // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum.
-    const bool suspect = ptx::bound(i < p.m) && total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
+    // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum. Outside it is 0.
+    const bool suspect = total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
     total = total == 0.0f ? -INFINITY : (shift + log2f(total)) * kLn2;
     unsigned left = __ballot_sync(kAll, suspect);
     for (int lane = 0; left; lane++, left >>= 1) {

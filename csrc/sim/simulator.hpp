@@ -212,15 +212,22 @@ constexpr bool kSanitized = true;
 inline bool reported = false;
 
 inline void forbid(void* begin, size_t bytes) { __asan_poison_memory_region(begin, bytes); }
+inline void allow(void* begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
 
 // It goes on after an error (halt_on_error=0), so that a launch can end with an exception, and the next be tried.
-inline void refuse_reported() {
+inline void begin_to_watch() {
+  reported = false;
   __asan_set_error_report_callback([](const char*) { reported = true; });
-  if (std::exchange(reported, false)) fail("AddressSanitizer reported an access to memory outside");
+}
+
+inline void refuse_reported() {
+  if (reported) fail("AddressSanitizer reported an access to memory outside");
 }
 #else
 constexpr bool kSanitized = false;
 inline void forbid(void*, size_t) {}
+inline void allow(void*, size_t) {}
+inline void begin_to_watch() {}
 inline void refuse_reported() {}
 #endif
 
@@ -317,6 +324,7 @@ inline bool step(Thread& t) {
   if (t.done || (t.asleep_on && *t.asleep_on == t.asleep_at)) return false;
   enter(t);
   if (block->error) std::rethrow_exception(block->error);
+  refuse_reported();
   return true;
 }
 
@@ -326,6 +334,7 @@ inline void run_block(uint64_t random) {
     t.asleep_on = nullptr;
     t.copies.clear();
     t.committed = 0;
+    allow(t.stack, kStack);  // frames of the block before have not been left
     t.fiber.start(t.stack, run_thread);
   }
   std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
@@ -394,7 +403,7 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
     b.all[i].warp = i / 32;
     b.all[i].stack = stacks.get() + i * kStack;
   }
-  refuse_reported();
+  begin_to_watch();
   block = &b;
   for (unsigned y = 0; y < grid.y; y++)
     for (unsigned x = 0; x < grid.x; x++) {
@@ -402,7 +411,6 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, Arg
       run_block((seed + 1) * 0x9E3779B97F4A7C15ull + x + y * 7919);
     }
   block = nullptr;
-  refuse_reported();
 }
 
 inline dim3 thread_index() { return {thread->index, 0, 0}; }
