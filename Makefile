@@ -4,10 +4,13 @@ SANITIZERS = address,undefined
 RUN = OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 PRELOAD = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)"
 
-.PHONY: native sanitize
+.PHONY: native native-cuda sanitize
 
 native:  ## build fastcl._C in place
 	$(PYTHON) setup.py build_ext --inplace
+
+native-cuda:  ## the same; an error where the CUDA kernels cannot be built
+	FASTCL_NATIVE=cuda $(PYTHON) setup.py build_ext --inplace
 
 sanitize:  ## the tests of the primitives on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTCL_CXXFLAGS="-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -O1" $(PYTHON) setup.py build_ext --inplace
