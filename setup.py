@@ -38,8 +38,9 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contr
 FLAGS += ["-fno-trapping-math", *(["-DFASTCL_X86"] if X86 else []), *os.environ.get("FASTCL_CXXFLAGS", "").split()]
 
 ARCHITECTURES = os.environ.get("FASTCL_CUDA_ARCHS", "80;90a").split(";")
-HOPPER_SOURCES = ()  # of sm_90a alone; there they take the place of AMPERE_SOURCES
+CUDA_SOURCES = ("vectors",)  # for all of them
 AMPERE_SOURCES = ("sums", "grad")
+HOPPER_SOURCES = ()  # for sm_90a alone, where they take the place of AMPERE_SOURCES
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
 HOPPER_FLAGS = ["-DFASTCL_HOPPER"] if HOPPER_SOURCES and "90a" in ARCHITECTURES else []
 
@@ -57,7 +58,7 @@ def cpu_objects(compiler):
 
 def cuda_objects(nvcc):
     """The same of the CUDA kernels."""
-    sources = {name: architectures_of(name) for name in ("vectors", *AMPERE_SOURCES, *HOPPER_SOURCES)}
+    sources = {name: architectures_of(name) for name in (*CUDA_SOURCES, *AMPERE_SOURCES, *HOPPER_SOURCES)}
     return {
         f"cuda_{name}": (f"csrc/cuda/{name}.cu", [nvcc, *CUDA_FLAGS, *HOPPER_FLAGS, *generated_code(archs)])
         for name, archs in sources.items()
