@@ -203,9 +203,9 @@ def _noting_launches() -> Iterator[set[str]]:
         launch(kernel, *args, **constants)
         names.add(kernel.__name__)
 
-    def noting_cuda(call: Any, kernel: str, *args: Any) -> None:
-        cuda_launch(call, kernel, *args)
-        names.add(sources[kernel])
+    def noting_cuda(call: Any, kernel: str, blocks: int, *args: Any) -> None:
+        cuda_launch(call, kernel, blocks, *args)
+        names.update([sources[kernel]] if blocks else [])
 
     triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign]
     try:
