@@ -323,7 +323,9 @@ def _counts(code: str) -> dict[str, Any]:
 
 
 def _loop(code: str) -> dict[str, int]:
-    """Instructions of the innermost loop with the most products or exponentials; empty where no loop has any.
+    """Instructions of the innermost loop with the most exponentials or products; empty where nothing loops.
+
+    Where innermost loops have none (they only copy, or look keys up), it is a loop around them.
 
     A loop is what lies between a label and a branch back to it. A path taken rarely (masks) that the assembler left
     inside counts as if it were always taken.
@@ -339,9 +341,17 @@ def _loop(code: str) -> dict[str, int]:
             back = re.search(r"`\((\.L_x_\d+)\)", line)
             if found[1].startswith("BRA") and back and back[1] in labels:
                 loops.append((labels[back[1]], len(listing)))
-    busy = {(a, b): n for a, b in loops if (n := _count("|".join(LOOP.values()), listing[a:b]))}
-    inner = [(a, b) for a, b in busy if not any((c, d) != (a, b) and a <= c and d <= b for c, d in busy)]
-    begin, end = max(inner, key=lambda loop: (busy[loop], loop[1] - loop[0]), default=(0, 0))
+
+    def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+
+    def busy(loop: tuple[int, int]) -> int:
+        return _count("|".join(LOOP.values()), listing[slice(*loop)])
+
+    inner = innermost(loops)
+    if not any(map(busy, inner)):
+        inner = innermost(list(filter(busy, loops))) or inner
+    begin, end = max(inner, key=lambda loop: (busy(loop), loop[1] - loop[0]), default=(0, 0))
     body = listing[begin:end]
     return {"all": len(body), **{kind: n for kind, name in LOOP.items() if (n := _count(name, body))}} if body else {}
 
