@@ -48,10 +48,20 @@ PRODUCTS = {
     "_sums_kernel", "_grad_kernel", "_weights_kernel", "_product_kernel", "_one_pass_kernel", "_topk_kernel",
 }  # fmt: skip
 # Sources of CUDA C++ kernels that always multiply, and by which instructions.
-CUDA_PRODUCTS = {"csrc/cuda/sums.cu": "mma.sync", "csrc/cuda/grad.cu": "mma.sync"}
+CUDA_PRODUCTS = {
+    "csrc/cuda/sums.cu": "mma.sync",
+    "csrc/cuda/grad.cu": "mma.sync",
+    "csrc/cuda/hopper_sums.cu": "wgmma",
+    "csrc/cuda/hopper_grad.cu": "wgmma",
+}
 # Shared memory that a launch asks for, as a kernel's source calls it, by its template arguments; others need no more
 # than a few bytes.
-DYNAMIC_SHARED = {"sums": "kSumsShared<{1}>", "grad": "kGradShared<{1}>"}
+DYNAMIC_SHARED = {
+    "sums": "kSumsShared<{1}>",
+    "grad": "kGradShared<{1}>",
+    "hopper_sums": "hopper::SumsLayout<{1}>::kBytes",
+    "hopper_grad": "hopper::GradLayout<{1}>::kBytes",
+}
 # Template arguments as csrc/kernels.hpp numbers them.
 ENUMERATORS = {"Dtype": ("f32", "bf16", "f16", "f64"), "Link": ("exp", "softplus")}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")

@@ -203,9 +203,10 @@ def _noting_launches() -> Iterator[set[str]]:
         launch(kernel, *args, **constants)
         names.add(kernel.__name__)
 
-    def noting_cuda(call: Any, kernel: str, blocks: int, *args: Any) -> None:
+    def noting_cuda(call: Any, kernel: Any, blocks: int, *args: Any) -> None:
         cuda_launch(call, kernel, blocks, *args)
-        names.update([sources[kernel]] if blocks else [])
+        family = "hopper_" if kernel.__module__.endswith(".hopper") else ""
+        names.update([sources[family + kernel.__name__]] if blocks else [])
 
     triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,11 +31,18 @@ def test_every_contender_is_measured_and_ours_are_checked(monkeypatch: pytest.Mo
 
 
 def test_launches_are_noted_by_the_names_of_the_ledger() -> None:
-    call: Any = SimpleNamespace(device=torch.device("cpu"), kernels=SimpleNamespace(sums=print, grad=print))
+    def kernel(name: str, family: str) -> Callable[..., None]:
+        def launch(*_: int) -> None: ...
+
+        launch.__name__, launch.__module__ = name, f"fastcl._C.cuda.{family}"
+        return launch
+
+    call: Any = SimpleNamespace(device=torch.device("cpu"))
     with gpu._noting_launches() as names:
-        _cuda._Call.launch(call, "sums", 1)
-        _cuda._Call.launch(call, "grad", 0)
-    assert names == {"csrc/cuda/sums.cu"}
+        _cuda._Call.launch(call, kernel("sums", "ampere"), 1)
+        _cuda._Call.launch(call, kernel("sums", "hopper"), 1)
+        _cuda._Call.launch(call, kernel("grad", "hopper"), 0)
+    assert names == {"csrc/cuda/sums.cu", "csrc/cuda/hopper_sums.cu"}
 
 
 def test_a_backend_is_verified_by_its_own_rows() -> None:
