@@ -6,10 +6,13 @@ RUN = OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=
 RUN_SIMULATOR = $(RUN) ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0
 PRELOAD = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)"
 
-.PHONY: native sanitize sanitize-cuda sanitize-native
+.PHONY: native native-cuda sanitize sanitize-cuda sanitize-native
 
 native:  ## build fastcl._C in place
 	$(PYTHON) setup.py build_ext --inplace
+
+native-cuda:  ## the same; an error where the CUDA kernels cannot be built
+	FASTCL_NATIVE=cuda $(PYTHON) setup.py build_ext --inplace
 
 sanitize: sanitize-native sanitize-cuda  ## the same tests, with AddressSanitizer and UndefinedBehaviorSanitizer
 
@@ -30,9 +33,11 @@ MINUTES ?= 8
 gpu: gpu-test gpu-bench  ## everything that only a CUDA device can show
 
 gpu-test:  ## numerics, determinism, streams, graphs; then the kernels under compute-sanitizer, where it works
+	@if $(PYTHON) -c "import setup; setup.find_nvcc()" 2> /dev/null; then $(MAKE) native-cuda; \
+	else echo "nvcc was not found: CUDA C++ kernels are tested only where they are installed already"; fi
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py tests/test_functional.py::test_low_precision_is_no_worse_than_torch
 	@if command -v compute-sanitizer > /dev/null; then \
-		for tool in memcheck racecheck initcheck; do \
+		for tool in memcheck racecheck synccheck initcheck; do \
 			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.sanitized || exit 1; \
 		done; \
 	else echo "compute-sanitizer is not installed: out-of-bounds accesses are looked for by guard bands only"; fi

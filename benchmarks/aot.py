@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every architecture, on a machine without a GPU, and read what came out.
+"""Compile every kernel for every architecture, on a machine without a GPU, and read what came out.
 
     python -m benchmarks.aot --json benchmarks/results/aot.json
 
@@ -6,6 +6,9 @@ The losses of ``fastcl.testing.CASES`` and a call with every mask and bias run a
 with Triton told to compile for one architecture after another and to launch nothing. So every kernel is compiled with
 its real launch arguments, alignments and options. Triton keeps what it compiled by the hash of source and options
 (``TRITON_CACHE_DIR``): a second run only disassembles.
+
+CUDA C++ kernels are read from the object files of the module's own build (``setup.py``), which are compiled first where
+they are not up to date.
 
 Each row is one compiled kernel: registers per thread, bytes of stack (what did not fit into registers: a spill), shared
 memory of a block against what the architecture has, and counts of instructions in the machine code.
@@ -22,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,30 @@ MATRIX = {  # machine instructions that multiply matrices, by the name of their 
 WIDE = r"(LDG|LDGSTS)\.E\S*\.128|UTMALDG|UBLKCP"  # 16 bytes per thread, or a bulk copy
 SPILL = r"(LDL|STL)\b"
 INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)"
+# What machine code for sm_90 says of shared memory includes this, which the limit does not: the system's own share.
+SYSTEM_SHARED = {90: 1024}
 LOOP = {"exponentials": r"MUFU\.EX2", "products": "HGMMA|UTC[HQ]MMA|HMMA"}
 # Kernels that always multiply matrices; _finish_kernel does only where it may have to compute a block again.
 PRODUCTS = {
     "_sums_kernel", "_grad_kernel", "_weights_kernel", "_product_kernel", "_one_pass_kernel", "_topk_kernel",
 }  # fmt: skip
+# Sources of CUDA C++ kernels that always multiply, and by which instructions.
+CUDA_PRODUCTS = {
+    "csrc/cuda/sums.cu": "mma.sync",
+    "csrc/cuda/grad.cu": "mma.sync",
+    "csrc/cuda/hopper_sums.cu": "wgmma",
+    "csrc/cuda/hopper_grad.cu": "wgmma",
+}
+# Shared memory that a launch asks for, as a kernel's source calls it, by its template arguments; others need no more
+# than a few bytes.
+DYNAMIC_SHARED = {
+    "sums": "kSumsShared<{1}>",
+    "grad": "kGradShared<{1}>",
+    "hopper_sums": "hopper::SumsLayout<{1}>::kBytes",
+    "hopper_grad": "hopper::GradLayout<{1}>::kBytes",
+}
+# Template arguments as csrc/kernels.hpp numbers them.
+ENUMERATORS = {"Dtype": ("f32", "bf16", "f16", "f64"), "Link": ("exp", "softplus")}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 ROWS, DIM = 256, 128  # a multiple of 16, and of what a 16-byte load needs
 ODD_ROWS, ODD_DIM = 101, 37
@@ -56,10 +78,10 @@ STRIP_ROWS = 4096  # long enough for strips of weights
 class Compiled:
     """One kernel for one architecture."""
 
-    kernel: str
+    kernel: str  # of Triton _sums_kernel; of CUDA C++ sums<bf16, 128, exp>
     arch: int
     dtype: str
-    used_by: list[str]
+    used_by: list[str]  # losses; of CUDA C++ the source
     aligned: bool  # D is a multiple of 8
     warps: int
     registers: int
@@ -71,6 +93,19 @@ class Compiled:
     wide_loads: int
     matrix: dict[str, int]
     loop: dict[str, int]  # of the loop that multiplies: all instructions, and some kinds of them
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.used_by[0].endswith(".cu")
+
+    @property
+    def multiplies(self) -> bool:
+        return self.kernel in PRODUCTS or self.used_by[0] in CUDA_PRODUCTS
+
+    @property
+    def family(self) -> str | None:
+        """The matrix instructions that it should use."""
+        return CUDA_PRODUCTS.get(self.used_by[0]) or matrix_family(self.arch, self.dtype)
 
 
 def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
@@ -186,10 +221,13 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
 
 
 def _read(compiled: Any, arch: int, dtype: str, users: list[str], aligned: bool) -> Compiled:
-    resources, code = _machine_code(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     assert found, resources
-    instructions = re.findall(INSTRUCTION, code, re.MULTILINE)
     return Compiled(
         kernel=compiled.metadata.name,
         arch=arch,
@@ -199,18 +237,105 @@ def _read(compiled: Any, arch: int, dtype: str, users: list[str], aligned: bool)
         warps=compiled.metadata.num_warps,
         registers=int(found[1]),
         stack_bytes=int(found[2]),
-        spill_instructions=_count(SPILL, instructions),
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_LIMIT[arch],
-        instructions=len(instructions),
-        wide_loads=_count(WIDE, instructions),
-        matrix={family: n for family, name in MATRIX.items() if (n := _count(name, instructions))},
-        loop=_loop(code),
+        **_counts(code),
     )
+
+
+def compile_cuda() -> list[Compiled]:
+    """Every CUDA C++ kernel, for the architectures that it ships for.
+
+    Raises:
+        RuntimeError: nvcc was not found, or does not compile them, with its words.
+    """
+    import setup
+
+    nvcc = setup.find_nvcc()
+    objects = setup.cuda_objects(nvcc)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (source, _), path in zip(objects.values(), setup.compiled(objects), strict=True):
+            _tool("cuobjdump", "--extract-elf", "all", str(ROOT / path), cwd=folder)
+            for cubin in sorted(Path(folder).glob("*.cubin")):
+                rows += _read_cuda(cubin, source)
+                cubin.unlink()
+        asked = _dynamic_shared(nvcc, {row.kernel: row.used_by[0] for row in rows}, Path(folder))
+    return [replace(row, shared_bytes=row.shared_bytes + asked.get(row.kernel, 0)) for row in rows]
+
+
+def _read_cuda(cubin: Path, source: str) -> list[Compiled]:
+    arch = int(re.findall(r"sm_(\d+)", cubin.name)[-1])
+    resources, listing = _tool("cuobjdump", "--dump-resource-usage", str(cubin)), _tool("nvdisasm", str(cubin))
+    rows = []
+    for symbol, registers, stack, shared in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", resources
+    ):
+        threads = re.search(
+            rf"\.section\s+\.nv\.info\.{symbol},.*?EIATTR_MAX_THREADS.*?\.word\s+(0x\w+)", listing, re.DOTALL
+        )
+        code = re.search(rf"^\.text\.{symbol}:$(.*?)(?=\.section)", listing, re.DOTALL | re.MULTILINE)
+        assert threads and code, symbol
+        kernel = _cuda_name(symbol)
+        rows.append(
+            Compiled(
+                kernel=kernel,
+                arch=arch,
+                dtype="bfloat16" if "bf16" in kernel else "float16" if "f16" in kernel else "float32",
+                used_by=[source],
+                aligned=True,
+                warps=int(threads[1], 16) // 32,
+                registers=int(registers),
+                stack_bytes=int(stack),
+                shared_bytes=int(shared) - SYSTEM_SHARED.get(arch, 0),
+                shared_limit=SHARED_LIMIT[arch],
+                **_counts(code[1]),
+            )
+        )
+    return rows
+
+
+def _cuda_name(symbol: str) -> str:
+    """``sums<bf16, 128, exp>`` of what the compiler calls it."""
+    full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\w+)_kernel(<.*?>)?\(", full)
+    assert found, full
+    return found[1] + re.sub(r"\(fastcl::(\w+)\)(\d)", lambda m: ENUMERATORS[m[1]][int(m[2])], found[2] or "")
+
+
+def _dynamic_shared(nvcc: str, kernels: dict[str, str], folder: Path) -> dict[str, int]:
+    """Bytes that a launch of each kernel asks for, by a program that prints what the sources say."""
+    lines, headers = [], []
+    for kernel, source in kernels.items():
+        name, *arguments = re.findall(r"\w+", kernel)
+        if name in DYNAMIC_SHARED:
+            headers.append(f'#include "{ROOT / source}h"')
+            lines.append(f'std::printf("%s: %d\\n", "{kernel}", {DYNAMIC_SHARED[name].format(*arguments)});')
+    program = "\n".join(
+        [*dict.fromkeys(headers), "#include <cstdio>", "using namespace fastcl::cuda;", "int main() {", *lines, "}"]
+    )
+    (folder / "program.cu").write_text(program, encoding="utf-8")
+    subprocess.run([nvcc, "-std=c++20", "-arch=sm_90a", "program.cu", "-o", "program"], cwd=folder, check=True)
+    printed = subprocess.run([folder / "program"], capture_output=True, text=True, check=True).stdout
+    return {kernel: int(size) for kernel, size in re.findall(r"(.*): (\d+)", printed)}
+
+
+def _counts(code: str) -> dict[str, Any]:
+    """Of a kernel's machine code."""
+    instructions = re.findall(INSTRUCTION, code, re.MULTILINE)
+    return {
+        "spill_instructions": _count(SPILL, instructions),
+        "instructions": len(instructions),
+        "wide_loads": _count(WIDE, instructions),
+        "matrix": {family: n for family, name in MATRIX.items() if (n := _count(name, instructions))},
+        "loop": _loop(code),
+    }
 
 
 def _loop(code: str) -> dict[str, int]:
     """Instructions of the innermost loop with the most exponentials or products; empty where nothing loops.
+
+    Where innermost loops have none (they only copy, or look keys up), it is a loop around them.
 
     A loop is what lies between a label and a branch back to it. A path taken rarely (masks) that the assembler left
     inside counts as if it were always taken.
@@ -226,9 +351,18 @@ def _loop(code: str) -> dict[str, int]:
             back = re.search(r"`\((\.L_x_\d+)\)", line)
             if found[1].startswith("BRA") and back and back[1] in labels:
                 loops.append((labels[back[1]], len(listing)))
-    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    bodies = [listing[a:b] for a, b in inner]
-    body = max(bodies, key=lambda b: (_count("|".join(LOOP.values()), b), len(b)), default=[])
+
+    def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+
+    def busy(loop: tuple[int, int]) -> int:
+        return _count("|".join(LOOP.values()), listing[slice(*loop)])
+
+    inner = innermost(loops)
+    if not any(map(busy, inner)):
+        inner = innermost(list(filter(busy, loops))) or inner
+    begin, end = max(inner, key=lambda loop: (busy(loop), loop[1] - loop[0]), default=(0, 0))
+    body = listing[begin:end]
     return {"all": len(body), **{kind: n for kind, name in LOOP.items() if (n := _count(name, body))}} if body else {}
 
 
@@ -236,18 +370,12 @@ def _count(pattern: str, instructions: list[str]) -> int:
     return sum(bool(re.match(pattern, i)) for i in instructions)
 
 
-def _machine_code(cubin: bytes) -> tuple[str, str]:
-    """What cuobjdump says of the resources, and the disassembly; both tools come with Triton."""
+def _tool(name: str, *options: str, cwd: str | None = None) -> str:
+    """What one of the tools says that come with Triton."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return tuple(
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
-        )  # type: ignore[return-value]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *options], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def faults(rows: list[Compiled]) -> list[str]:
@@ -259,17 +387,15 @@ def faults(rows: list[Compiled]) -> list[str]:
             found.append(f"{name}: {row.shared_bytes} bytes of shared memory, the architecture has {row.shared_limit}")
         if row.stack_bytes or row.spill_instructions:
             found.append(f"{name}: spills {row.stack_bytes} bytes of registers")
-        family = matrix_family(row.arch, row.dtype)
-        multiplies = bool(row.matrix) or row.kernel in PRODUCTS
-        if multiplies and set(row.matrix) != ({family} if family else set()):
-            found.append(f"{name}: multiplies with {sorted(row.matrix) or 'fp32 units'}, expected {family}")
-        if row.aligned and row.kernel in PRODUCTS and not row.wide_loads:
+        if (row.matrix or row.multiplies) and set(row.matrix) != ({row.family} if row.family else set()):
+            found.append(f"{name}: multiplies with {sorted(row.matrix) or 'fp32 units'}, expected {row.family}")
+        if row.aligned and row.multiplies and not row.wide_loads:
             found.append(f"{name}: no 16-byte loads of aligned rows")
     return found
 
 
 def matrix_family(arch: int, dtype: str) -> str | None:
-    """The matrix instructions that products of these rows should use; Triton has none before Ampere."""
+    """The matrix instructions that Triton's products of these rows should use; it has none before Ampere."""
     if dtype == "float32" or arch < 80:
         return None
     return {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
@@ -317,10 +443,15 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in compile_all(int(args.one[0]), args.one[1], args.few)]))
         return 0
     rows, failed = compile_everything(map(int, args.archs.split(",")), args.dtypes.split(","), args.workers, args.few)
-    for key in dict.fromkeys((row.arch, row.dtype) for row in rows):
-        group = [row for row in rows if (row.arch, row.dtype) == key]
+    try:
+        rows += compile_cuda()
+    except RuntimeError as error:
+        failed.append({"arch": 80, "dtype": "CUDA C++", "reason": str(error).splitlines()[0]})
+    for key in dict.fromkeys((row.arch, row.dtype, row.is_cuda) for row in rows):
+        group = [row for row in rows if (row.arch, row.dtype, row.is_cuda) == key]
         print(
-            f"sm_{key[0]:<4} {key[1]:<9} {len(group):>3} kernels, at most {max(r.registers for r in group)} registers, "
+            f"{'CUDA C++' if key[2] else 'Triton':<9}sm_{key[0]:<4} {key[1]:<9} {len(group):>3} kernels, "
+            f"at most {max(r.registers for r in group)} registers, "
             f"{max(r.stack_bytes for r in group)} bytes spilled, {max(r.shared_bytes for r in group):,} of "
             f"{group[0].shared_limit:,} bytes shared, {', '.join({m for r in group for m in r.matrix}) or 'fp32 units'}"
         )
@@ -337,13 +468,18 @@ def _write(path: str, rows: list[Compiled], failed: list[dict[str, Any]]) -> Non
     from datetime import datetime, timezone
     from importlib.metadata import version
 
+    import setup
     from fastcl._info import commit
 
+    nvcc = subprocess.run([setup.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     head = {
         "command": "python -m benchmarks.aot --json benchmarks/results/aot.json",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "versions": {name: version(name) for name in ("torch", "triton")},
+        "versions": {
+            **{name: version(name) for name in ("torch", "triton")},
+            "nvcc": re.findall(r"V([\d.]+)", nvcc)[0],
+        },
         "not_compiled": failed,
     }
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)

@@ -5,12 +5,13 @@
 Run it again to go on: rows that were measured with the same kernels are kept. Contenders: *eager*
 (``fastcl.reference``) and *cross-entropy* (the usual short form), each also under torch.compile;
 ``F.linear_cross_entropy`` where torch has it; lightly, open_clip, inf_cl and pytorch-metric-learning where they are
-installed; *fastcl chunked*, *fastcl triton*, and *fastcl triton, graph*, a replayed CUDA graph. What does not fit
-into the memory is said so.
+installed; *fastcl chunked*, *fastcl triton*, and *fastcl triton, graph*, a replayed CUDA graph; *fastcl native* and
+its graph, the CUDA C++ kernels, for rows that they take. What does not fit into the memory is said so.
 
 Losses and gradients up to 4,096 rows are compared with fp64; a kernel is *verified* when those and ``fastcl selftest``
-pass and one of them launched it. ``of_bound`` is the least time of ``benchmarks.roofline`` with this GPU's own measured
-ceilings over the time.
+pass on its backend and one of them launched it. ``of_bound`` is the least time of ``benchmarks.roofline`` with this
+GPU's own measured ceilings over the time, ``of_goal`` the time over the goal of ``benchmarks.predict``, which was set
+for an H200 and bf16.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl import _selftest, pairwise, use_backend
+from fastcl import _selftest, backends, pairwise, use_backend
 from fastcl._info import commit, versions
 from fastcl._measure import peak_bytes
-from fastcl.backends import triton
+from fastcl.backends import _cuda, triton
 
-from . import ledger, roofline
+from . import ledger, predict, roofline
 from .peers import QUEUE, package_versions, problem
 
 Step = Callable[[], object]
@@ -57,6 +58,8 @@ SHAPES = [
     ("nt_xent", 32768, 32768, 128),
     ("nt_xent", 1048576, 1048576, 128),
 ]
+KERNELS = ("triton", "native")  # backends with kernels of their own
+NEEDED = ("reduce", "grad")
 CHECKED_ROWS = 4096  # a dense fp64 matrix of that size and its gradient fit anywhere
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 LARGEST_DENSE = 131072  # a dense matrix of more rows fits no GPU, and trying costs minutes
@@ -84,8 +87,10 @@ def measure(
             steps[f"compile, {name}"] = lambda f=function: step(torch.compile(f, dynamic=False))  # type: ignore[misc]
     steps = {} if max(n, columns) > LARGEST_DENSE else steps
     steps["fastcl chunked"] = lambda: step(task.ours, "chunked")
-    steps["fastcl triton"] = lambda: step(task.ours, "triton")
-    steps["fastcl triton, graph"] = lambda: _graph(step(task.ours, "triton"))
+    ours = [name for name in KERNELS if all(backends.why_not(name, op, task.leaves[0]) is None for op in NEEDED)]
+    for backend in ours:
+        steps[f"fastcl {backend}"] = lambda b=backend: step(task.ours, b)  # type: ignore[misc]
+        steps[f"fastcl {backend}, graph"] = lambda b=backend: _graph(step(task.ours, b))  # type: ignore[misc]
 
     ready: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -111,10 +116,12 @@ def measure(
             seconds[name].append(_seconds(run, rows[name]["calls"]))
     for name, taken in seconds.items():
         rows[name].update(seconds=taken, median_seconds=median(taken))
-    if n <= CHECKED_ROWS and "fastcl triton" in ready:
-        with _noting_launches() as names:
-            rows["fastcl triton"]["gradient_error"] = _gradient_error(loss, n, columns, d, dtype)
-        rows["fastcl triton"]["checked_kernels"] = sorted(names)
+    for backend in ours:
+        row = rows[f"fastcl {backend}"]
+        if n <= CHECKED_ROWS and "skipped" not in row:
+            with _noting_launches() as names:
+                row["gradient_error"] = _gradient_error(loss, n, columns, d, dtype, backend)
+            row["checked_kernels"] = sorted(names)
     return list(rows.values())
 
 
@@ -157,10 +164,10 @@ def _graph(step: Step) -> Step:
     return graph.replay
 
 
-def _gradient_error(loss: str, n: int, columns: int, d: int, dtype: torch.dtype) -> float:
+def _gradient_error(loss: str, n: int, columns: int, d: int, dtype: torch.dtype, backend: str) -> float:
     """Largest relative Frobenius error of a gradient against the dense loss in fp64, on the same rounded rows."""
     task = problem(loss, n, d, columns=columns, device=DEVICE, dtype=dtype)
-    with use_backend("triton"):
+    with use_backend(backend):
         got = torch.autograd.grad(task.ours(*task.leaves), task.leaves)
     exact = [t.detach().double().requires_grad_() for t in task.leaves]
     value = task.others["eager"](*exact)
@@ -188,27 +195,43 @@ def _mining_passes() -> bool:
 
 @contextmanager
 def _noting_launches() -> Iterator[set[str]]:
-    """Names of the kernels that are launched."""
+    """Kernels that are launched, as the ledger names them."""
     names: set[str] = set()
-    launch = triton._launch
+    launch, cuda_launch, sources = triton._launch, _cuda._Call.launch, ledger.cuda_sources()
 
     def noting(kernel: Any, *args: Any, **constants: Any) -> None:
         launch(kernel, *args, **constants)
         names.add(kernel.__name__)
 
-    triton._launch = noting
+    def noting_cuda(call: Any, kernel: Any, blocks: int, *args: Any) -> None:
+        cuda_launch(call, kernel, blocks, *args)
+        family = "hopper_" if kernel.__module__.endswith(".hopper") else ""
+        names.update([sources[family + kernel.__name__]] if blocks else [])
+
+    triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign]
     try:
         yield names
     finally:
-        triton._launch = launch
+        triton._launch, _cuda._Call.launch = launch, cuda_launch  # type: ignore[method-assign]
 
 
-def _verified(rows: list[dict[str, Any]], selftest: dict[str, Any]) -> bool:
+def _verified(rows: list[dict[str, Any]], selftest: dict[str, Any], backend: str) -> bool:
     errors = [
-        (row["gradient_error"], TOLERANCE[getattr(torch, row["dtype"])]) for row in rows if "gradient_error" in row
+        (row["gradient_error"], TOLERANCE[getattr(torch, row["dtype"])])
+        for row in rows
+        if row["contender"] == f"fastcl {backend}" and "gradient_error" in row
     ]
-    own = [row for row in selftest["rows"] if row["backend"] == "triton" and row["device"].startswith("cuda")]
+    own = [row for row in selftest["rows"] if row["backend"] == backend and row["device"].startswith("cuda")]
     return bool(errors and own) and all(e <= t for e, t in errors) and all(row["passed"] for row in own)
+
+
+def _of_goal(row: dict[str, Any], gpu: str) -> float | None:
+    """Time over the goal that was set for it; of an H200 and bf16 only."""
+    goals = predict.GOALS.get((row["loss"], row["rows"], row["dim"]))
+    backend = next((i for i, name in enumerate(KERNELS) if row["contender"].startswith(f"fastcl {name}")), None)
+    if goals is None or backend is None or "H200" not in gpu or row["dtype"] != "bfloat16" or "skipped" in row:
+        return None
+    return float(row["median_seconds"] / goals[backend])
 
 
 def main() -> None:
@@ -230,7 +253,7 @@ def main() -> None:
     with _noting_launches() as launched:
         selftest = _selftest.run()
         mining = _mining_passes()
-    print(_selftest.text(selftest), flush=True)
+    print(_selftest.text(selftest), flush=True)  # also says why a backend is not among the contenders
     launched.update(name for name, k in result.get("kernels", {}).items() if kept and k["verified"])
     done = {(r["loss"], r["rows"], r["columns"], r["dim"], r["dtype"]) for r in kept}
     rows = list(kept)
@@ -242,11 +265,19 @@ def main() -> None:
             rows += new
             for row in new:
                 row["of_bound"] = roofline.fraction(row, gpu, machine["ceilings"])
+                row["of_goal"] = _of_goal(row, gpu)
                 print(_line(row), flush=True)
             for row in new:
                 launched.update(row.get("checked_kernels", ()))
-            right = mining and _verified(rows, selftest)
-            kernels = {name: {"hash": h, "verified": right and name in launched} for name, h in hashes.items()}
+            right = {backend: _verified(rows, selftest, backend) for backend in KERNELS}
+            right["triton"] &= mining
+            kernels = {
+                name: {
+                    "hash": digest,
+                    "verified": name in launched and right["native" if name.endswith(".cu") else "triton"],
+                }
+                for name, digest in hashes.items()
+            }
             result = {
                 "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}",
                 "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -273,8 +304,9 @@ def _line(row: dict[str, Any]) -> str:
         return f"{head} skipped: {row['skipped'][:60]}"
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:>9.1f} MB"
     share = "" if row["of_bound"] is None else f"  {row['of_bound']:.0%} of the bound"
+    goal = "" if row["of_goal"] is None else f"  {row['of_goal']:.2f} of the goal"
     error = f"  error {row['gradient_error']:.1e}" if "gradient_error" in row else ""
-    return f"{head}{row['median_seconds'] * 1e3:>10.3f} ms {peak}{share}{error}"
+    return f"{head}{row['median_seconds'] * 1e3:>10.3f} ms {peak}{share}{goal}{error}"
 
 
 if __name__ == "__main__":

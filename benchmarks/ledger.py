@@ -3,9 +3,10 @@
     python -m benchmarks.ledger            prints the table
     python -m benchmarks.ledger --check    exits with 1 where a kernel was not, or has changed since
 
-A kernel is known by the hash of its syntax tree, with every function, class and constant of the backend that it or the
-functions that launch it reach: a comment, a docstring or a line break does not age it, a change in a helper or in a
-table of tiles does. Needs nothing but Python.
+A Triton kernel is known by the hash of its syntax tree, with every function, class and constant of the backend that it
+or the functions that launch it reach: a comment, a docstring or a line break does not age it, a change in a helper or
+in a table of tiles does. CUDA C++ kernels are known by their source: its text and that of the headers it includes,
+without comments and white space, and the syntax tree of what launches them. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,30 +23,80 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [f"fastcl/backends/{name}.py" for name in ("triton", "_triton_kernels", "_triton_configs")]
 LAUNCH = "_launch"
+CUDA_SOURCES = "csrc/cuda/*.cu"
+CUDA_LAUNCH, NOT_LAUNCHING = "fastcl/backends/_cuda.py", "unsupported"
+SIMULATOR = "csrc/sim"  # headers of tests, not of a GPU
 
 
 def kernel_hashes(source: str) -> dict[str, str]:
     """Name of every kernel of a source (``@triton.jit``, named ``..._kernel``) and the hash of what it runs."""
-    defined: dict[str, ast.stmt] = {}
-    kernels = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined[node.name] = node
-            if node.name.endswith("_kernel") and any(
-                ast.unparse(d).startswith("triton.jit") for d in node.decorator_list
-            ):
-                kernels.append(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    defined[target.id] = node
+    defined = _defined(source)
+    kernels = [
+        name
+        for name, node in defined.items()
+        if isinstance(node, ast.FunctionDef)
+        and name.endswith("_kernel")
+        and any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+    ]
     launchers = {kernel: [name for name, node in defined.items() if kernel in _names(node)] for kernel in kernels}
     return {kernel: _hash([kernel, LAUNCH, *launchers[kernel]], defined) for kernel in kernels}
 
 
+def triton_hashes(root: Path = ROOT) -> dict[str, str]:
+    return kernel_hashes("\n".join((root / source).read_text(encoding="utf-8") for source in SOURCES))
+
+
+def cuda_hashes(root: Path = ROOT) -> dict[str, str]:
+    """Path of every source of CUDA C++ kernels and the hash of what it is compiled from, and launched by."""
+    found = {}
+    for source in sorted(root.glob(CUDA_SOURCES)):
+        defined = _defined((root / CUDA_LAUNCH).read_text(encoding="utf-8"))
+        launch = _hash([name for name in defined if name != NOT_LAUNCHING], defined)
+        text = "\n".join([launch, *(f"{file} {bare}" for file, bare in sorted(_included(source, root).items()))])
+        found[str(source.relative_to(root))] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def cuda_sources(root: Path = ROOT) -> dict[str, str]:
+    """Name of every launch of CUDA C++ kernels, and the source that it is in."""
+    return {
+        name: str(source.relative_to(root))
+        for source in sorted(root.glob(CUDA_SOURCES))
+        for name in re.findall(r"^void (\w+)\(", source.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+
+
 def hashes(root: Path = ROOT) -> dict[str, str]:
     """Those of all kernels of a checkout."""
-    return kernel_hashes("\n".join((root / source).read_text(encoding="utf-8") for source in SOURCES))
+    return triton_hashes(root) | cuda_hashes(root)
+
+
+def _included(file: Path, root: Path) -> dict[str, str]:
+    """Path and bare text of a C++ file and of all that it includes from this project."""
+    found: dict[str, str] = {}
+    waiting = [file]
+    while waiting:
+        file = waiting.pop().resolve()
+        path = str(file.relative_to(root.resolve()))
+        if path in found or path.startswith(SIMULATOR):
+            continue
+        text = file.read_text(encoding="utf-8")
+        found[path] = "".join(re.sub(r"//.*|/\*[\s\S]*?\*/", "", text).split())
+        waiting += [file.parent / name for name in re.findall(r'#include "(.+?)"', text)]
+    return found
+
+
+def _defined(source: str) -> dict[str, ast.stmt]:
+    """Functions, classes and constants of a module, by name."""
+    defined: dict[str, ast.stmt] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    defined[target.id] = node
+    return defined
 
 
 def _names(tree: ast.AST) -> set[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ledger
-from .aot import PRODUCTS
+from .aot import Compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 _BENCH_NOTE = (
@@ -147,31 +147,31 @@ def digits(result: dict[str, Any]) -> str:
 
 
 def aot(result: dict[str, Any]) -> str:
-    """What ``benchmarks/aot.py`` wrote: a line per architecture and dtype."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["arch"], row["dtype"]), []).append(row)
+    """What ``benchmarks/aot.py`` wrote: a line per architecture, dtype and language."""
+    groups: dict[tuple[int, str, bool], list[Compiled]] = {}
+    for row in (Compiled(**fields) for fields in result["rows"]):
+        groups.setdefault((row.arch, row.dtype, row.is_cuda), []).append(row)
     rows = [
         [
-            f"sm_{arch}",
+            f"sm_{arch}, CUDA C++" if is_cuda else f"sm_{arch}",
             dtype,
             str(len(group)),
-            str(max(row["registers"] for row in group)),
-            str(max(row["stack_bytes"] for row in group)),
-            f"{max(row['shared_bytes'] for row in group) / 1024:.0f} of {group[0]['shared_limit'] // 1024}",
-            ", ".join(sorted({family for row in group for family in row["matrix"]})) or "fp32 units",
-            str(min(row["wide_loads"] for row in group if row["aligned"] and row["kernel"] in PRODUCTS)),
-            f"{max(row['instructions'] for row in group):,}",
+            str(max(row.registers for row in group)),
+            str(max(row.stack_bytes for row in group)),
+            f"{max(row.shared_bytes for row in group) / 1024:.0f} of {group[0].shared_limit // 1024}",
+            ", ".join(sorted({family for row in group for family in row.matrix})) or "fp32 units",
+            str(min((row.wide_loads for row in group if row.aligned and row.multiplies), default="")),
+            f"{max(row.instructions for row in group):,}",
         ]
-        for (arch, dtype), group in groups.items()
+        for (arch, dtype, is_cuda), group in groups.items()
     ]
     for failure in result["not_compiled"]:
         rows.append([f"sm_{failure['arch']}", failure["dtype"], f"not compiled: {failure['reason']}", *[""] * 6])
     head = ["GPU", "rows", "kernels", "registers", "bytes spilled", "KiB shared", "products", "wide loads"]
     head.append("instructions")
-    versions = result["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
-        f"{markdown(head, rows)}\n\n`{result['command']}`, torch {versions['torch']}, triton {versions['triton']}, "
+        f"{markdown(head, rows)}\n\n`{result['command']}`, {versions}, "
         f"{result['date']}, commit {result['commit']}. The largest of the kernels of a line; of wide loads (16 bytes "
         "per thread, or a bulk copy) the fewest in a kernel that multiplies, where D is a multiple of 8."
     )

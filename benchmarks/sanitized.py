@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastcl import functional, pairwise, use_backend
-from fastcl.backends import triton
+from fastcl.backends import triton, why_not
 from fastcl.testing import CASES
 
 
@@ -14,18 +14,33 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for strips_from, d in ((2049, 41), (1, 300)):
             triton._STRIPS_FROM = strips_from
-            for case in CASES:
-                args, kwargs = case.inputs(37, d, dtype=dtype, device="cuda")
-                with use_backend("triton"):
-                    loss = getattr(functional, case.name)(*args, normalize=True, **kwargs)
-                    torch.autograd.grad(loss, [t for t in (*args, *kwargs.values()) if t.requires_grad])
+            _losses("triton", d, dtype)
         rows = torch.randn(37, 41, device="cuda", dtype=dtype)
         with use_backend("triton"):
             for topk in (1, 5, 300):
                 pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
-            frozen = pairwise.pair_logsumexp(rows.clone().requires_grad_(), rows, scale=0.1)
-            frozen.sum().backward()
+        _frozen("triton", rows)
+        for d in (40, 128, 200):
+            rows = torch.randn(37, d, device="cuda", dtype=dtype)
+            if reason := why_not("native", "reduce", rows):
+                print(f"native, {dtype}, D = {d}: not run ({reason})")
+                continue
+            _losses("native", d, dtype)
+            _frozen("native", rows)
     torch.cuda.synchronize()
+
+
+def _losses(backend: str, d: int, dtype: torch.dtype) -> None:
+    for case in CASES:
+        args, kwargs = case.inputs(37, d, dtype=dtype, device="cuda")
+        with use_backend(backend):
+            loss = getattr(functional, case.name)(*args, normalize=True, **kwargs)
+            torch.autograd.grad(loss, [t for t in (*args, *kwargs.values()) if t.requires_grad])
+
+
+def _frozen(backend: str, rows: torch.Tensor) -> None:
+    with use_backend(backend):
+        pairwise.pair_logsumexp(rows.clone().requires_grad_(), rows, scale=0.1).sum().backward()
 
 
 if __name__ == "__main__":

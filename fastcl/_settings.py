@@ -7,7 +7,7 @@
                          number as the sum of two bf16 numbers: nearly fp32, on the matrix units)
 ``FASTCL_WORKSPACE_MB``  scratch memory a kernel may use beside its inputs and outputs, in MiB
 
-``FASTCL_NATIVE`` and ``FASTCL_CXXFLAGS`` are read by setup.py.
+``FASTCL_NATIVE``, ``FASTCL_CXXFLAGS`` and ``FASTCL_CUDA_ARCHS`` are read by setup.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ KNOWN = (
     "FASTCL_BACKEND",
     "FASTCL_CACHE_DIR",
     "FASTCL_CPU_ISA",
+    "FASTCL_CUDA_ARCHS",
     "FASTCL_CXXFLAGS",
     "FASTCL_FP32",
     "FASTCL_NATIVE",

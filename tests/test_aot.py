@@ -1,12 +1,14 @@
-"""Every Triton kernel compiles for every architecture, fits it, and uses its matrix instructions: no GPU is needed."""
+"""Every kernel compiles for every architecture, fits it, and uses its matrix instructions: no GPU is needed."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 
+import setup
 from benchmarks import aot, ledger
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -26,8 +28,39 @@ def compiled() -> list[aot.Compiled]:
     return rows
 
 
+@pytest.fixture(scope="session")
+def compiled_cuda() -> list[aot.Compiled]:
+    try:
+        setup.find_nvcc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return aot.compile_cuda()
+
+
 def test_no_kernel_has_a_fault(compiled: list[aot.Compiled]) -> None:
     assert aot.faults(compiled) == []
+
+
+def test_no_cuda_kernel_has_a_fault(compiled_cuda: list[aot.Compiled]) -> None:
+    assert aot.faults(compiled_cuda) == []
+
+
+def test_every_cuda_kernel_was_compiled(compiled_cuda: list[aot.Compiled]) -> None:
+    """All that stand in the headers; of those that multiply every instantiation, its loop and its shared memory."""
+    multiplying = (*setup.AMPERE_SOURCES, *setup.HOPPER_SOURCES)
+    for source in (*setup.CUDA_SOURCES, *multiplying):
+        file = f"csrc/cuda/{source}.cu"
+        defined = re.findall(r"__global__ .*?(\w+)_kernel\(", (aot.ROOT / f"{file}h").read_text(), re.DOTALL)
+        for arch in setup.architectures_of(source):
+            rows = [r for r in compiled_cuda if r.used_by == [file] and r.arch == int(arch.strip("a"))]
+            names = {row.kernel for row in rows}
+            assert {name.partition("<")[0] for name in names} == set(defined)
+            if source in multiplying:
+                dtypes, depths, links = ("bf16", "f16"), (64, 128, 256), ("exp", "softplus")
+                assert names >= {f"{source}<{t}, {d}, {link}>" for t in dtypes for d in depths for link in links}
+                assert aot.CUDA_PRODUCTS[file] == ("wgmma" if source in setup.HOPPER_SOURCES else "mma.sync")
+                two_tiles = 2 * 32 * 64 * 2
+                assert all(row.loop["products"] and row.shared_bytes > two_tiles for row in rows)
 
 
 def test_every_kernel_was_compiled_for_every_architecture(compiled: list[aot.Compiled]) -> None:
@@ -39,8 +72,28 @@ def test_every_kernel_was_compiled_for_every_architecture(compiled: list[aot.Com
             users = {user for row in rows for user in row.used_by}
             assert set(aot.FEW) == users
             one_pass = {"_one_pass_kernel", "_merge_kernel"}  # for rows of 16 bits, on matrix units
-            wanted = set(ledger.hashes()) - (set() if aot.matrix_family(arch, dtype) and "16" in dtype else one_pass)
+            wanted = set(ledger.triton_hashes()) - (
+                set() if aot.matrix_family(arch, dtype) and "16" in dtype else one_pass
+            )
             assert {row.kernel for row in rows} == wanted
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
+        ({"stack_bytes": 8}, "spills 8 bytes"),
+        ({"matrix": {"wgmma": 4, "mma.sync": 4}}, "multiplies with ['mma.sync', 'wgmma'], expected mma.sync"),
+        ({"matrix": {}}, "multiplies with fp32 units, expected mma.sync"),
+        ({"wide_loads": 0}, "no 16-byte loads"),
+    ],
+)
+def test_a_fault_of_a_cuda_kernel_is_found(
+    compiled_cuda: list[aot.Compiled], fault: dict[str, object], said: str
+) -> None:
+    row = next(r for r in compiled_cuda if r.kernel == "sums<bf16, 128, exp>")
+    (sentence,) = aot.faults([replace(row, **fault)])  # type: ignore[arg-type]
+    assert said in sentence
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,46 @@ def test_what_ages_a_kernel(old: str, new: str, ages: bool) -> None:
     assert (before != after) == ages
 
 
+CUDA_FILES = {
+    "csrc/cuda/sums.cu": '#include "sums.cuh"\nvoid sums(int n) {}\n',
+    "csrc/cuda/sums.cuh": '#include <math.h>\n#include "pairs.cuh"\nint rows = 64;  // a tile\n',
+    "csrc/cuda/pairs.cuh": '#include "../sim/ptx.hpp"\n/* what\n * all know */\nint threads = 128;\n',
+    "csrc/cuda/other.cu": "void other() {}\n",
+    "csrc/cuda/other.cuh": "int n;\n",
+    "csrc/sim/ptx.hpp": "int seed = 1;\n",
+    "fastcl/backends/_cuda.py": "SPANS = 2\ndef unsupported(): return None\ndef reduce(): return SPANS  # all\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "ages"),
+    [
+        ("csrc/cuda/sums.cuh", "// a tile", "// two tiles", False),
+        ("csrc/cuda/sums.cuh", "rows = 64", "rows\n    = 64", False),
+        ("csrc/cuda/pairs.cuh", "* all know", "* everybody knows", False),
+        ("csrc/cuda/other.cuh", "int n", "int m", False),
+        ("csrc/sim/ptx.hpp", "seed = 1", "seed = 2", False),
+        ("fastcl/backends/_cuda.py", "# all", "# of them", False),
+        ("fastcl/backends/_cuda.py", "return None", "return 'no'", False),
+        ("csrc/cuda/sums.cu", "{}", "{ n++; }", True),
+        ("csrc/cuda/sums.cuh", "rows = 64", "rows = 32", True),
+        ("csrc/cuda/pairs.cuh", "threads = 128", "threads = 64", True),
+        ("fastcl/backends/_cuda.py", "SPANS = 2", "SPANS = 3", True),
+    ],
+)
+def test_what_ages_a_cuda_source(tmp_path: Path, file: str, old: str, new: str, ages: bool) -> None:
+    for name, text in CUDA_FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = ledger.cuda_hashes(tmp_path)
+    assert before.keys() == {"csrc/cuda/other.cu", "csrc/cuda/sums.cu"}
+    assert ledger.cuda_sources(tmp_path) == {"sums": "csrc/cuda/sums.cu", "other": "csrc/cuda/other.cu"}
+    assert old in CUDA_FILES[file]
+    (tmp_path / file).write_text(CUDA_FILES[file].replace(old, new))
+    source = "csrc/cuda/sums.cu"
+    assert (before[source] != ledger.cuda_hashes(tmp_path)[source]) == ages
+
+
 def test_the_three_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "SOURCES", ["kernels.py"])
     (tmp_path / "kernels.py").write_text(SOURCE)
@@ -78,7 +118,9 @@ def test_the_three_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_kernels_are_found(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {row["kernel"] for row in ledger.status()} >= {"_sums_kernel", "_grad_kernel"}
+    wanted = {"_sums_kernel", "_grad_kernel", "csrc/cuda/sums.cu", "csrc/cuda/grad.cu"}
+    assert {row["kernel"] for row in ledger.status()} >= wanted
+    assert {"bounds", "sums", "finish", "grad"} <= ledger.cuda_sources().keys()
     unverified = any(row["state"] != "current" for row in ledger.status())
     assert ledger.main(["--check"]) == int(unverified)
     assert "_sums_kernel" in capsys.readouterr().out
