@@ -100,7 +100,7 @@ class Guards:
 
 
 @pytest.fixture
-def guards(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
+def guards(simulator: ModuleType, family: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
     """Whatever kernels read or write lies between guards."""
     guards, keep = Guards(simulator.forbid), _cuda._Call.keep
 
@@ -117,7 +117,7 @@ def guards(simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[G
     guards.check()
 
 
-@pytest.fixture(params=["ampere", "hopper"], autouse=True)
+@pytest.fixture(params=["ampere", "hopper"])
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernels multiply."""
     monkeypatch.setattr(_cuda, "family", lambda device: request.param)

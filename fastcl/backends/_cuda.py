@@ -292,7 +292,7 @@ class _Call:
             self.launch("bounds", self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
 
     def tiles(self) -> Sequence[int]:
-        """Rows and columns of a tile of sums, of a gradient; parts of a span of columns; blocks of sums on a processor."""
+        """Rows and columns of a tile of sums, and of a gradient; parts of a span of columns; blocks on a processor."""
         found: Sequence[int] = self.products.tiles(self.depth)
         return found
 
