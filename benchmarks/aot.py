@@ -40,8 +40,8 @@ MATRIX = {  # machine instructions that multiply matrices, by the name of their 
 WIDE = r"(LDG|LDGSTS)\.E\S*\.128|UTMALDG|UBLKCP"  # 16 bytes per thread, or a bulk copy
 SPILL = r"(LDL|STL)\b"
 INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)"
-# What machine code for sm_90 says of shared memory includes this, which the limit does not: the system's own share.
-SYSTEM_SHARED = {90: 1024}
+# What machine code says of shared memory includes, from sm_90 on, the system's own share; the limit does not.
+SYSTEM_SHARED = dict.fromkeys((90, 100, 120), 1024)
 LOOP = {"exponentials": r"MUFU\.EX2", "products": "HGMMA|UTC[HQ]MMA|HMMA"}
 # Kernels that always multiply matrices; _finish_kernel does only where it may have to compute a block again.
 PRODUCTS = {
