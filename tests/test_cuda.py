@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import _ops, explain, functional, pairwise, reference, use_backend
+from fastcl import _ops, _settings, explain, functional, pairwise, reference, use_backend
 from fastcl.backends import Pairs, Sides, _cuda, chunked, native
 
 from .oracle import assert_close
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ("sums", "grad", "hopper_sums", "hopper_grad", "vectors", "contrastive")
+SOURCES = ("sums", "grad", "hopper_sums", "hopper_grad", "hopper_wide", "vectors", "contrastive")
 EXTRA_FLAGS = os.environ.get("FASTCL_CXXFLAGS", "").split()  # `make sanitize`
 LINKS = ("exp", "softplus")
 # Of a gradient, whose weights are rounded to the dtype of the rows before they are multiplied.
@@ -205,6 +205,21 @@ def test_two_sets(masked: bool, link: str, seed: int) -> None:
 def test_shapes(m: int, n: int, d: int, link: str, dtype: torch.dtype, kernels: ModuleType) -> None:
     check(link, two_sets(m, n, d, dtype, False))
     check(link, two_sets(m, n, d, dtype, True))
+
+
+@each_dtype
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize(("m", "n", "d"), [(40, 70, 264), (300, 330, 328)])
+def test_strips_of_long_rows(
+    m: int, n: int, d: int, link: str, dtype: torch.dtype, family: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "ampere":
+        assert "at most 256 features" in str(_cuda.unsupported("reduce", unit(2, d, dtype)))
+        return
+    monkeypatch.setattr(_settings, "workspace_bytes", 1)  # the shortest strips
+    check(link, one_set(m, d, dtype))
+    for masked in (False, True):
+        check(link, two_sets(m, n, d, dtype, masked))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -106,6 +106,30 @@ inline void bind_products(pybind11::module_ module, const char* name, SumsFuncti
              Free());
 }
 
+// What has strips of weights besides.
+inline void bind_strips(pybind11::module_ module) {
+  using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
+  module.def("weights",
+             [](const PairsTuple& pairs, const SidesTuple& sides, int dtype, int link,
+                const std::array<Address, 4>& at, i64 pitch, const std::array<int, 4>& plan, int blocks, Address stream) {
+               const auto& [row_span, col_span, row_spans, units] = plan;
+               const GradSide side{pairs_from(pairs), sides_from(sides)};
+               const Sums to{nullptr, pointer<float>(at[0]), pointer<float>(at[1]), 0, row_span, col_span, row_spans, units};
+               hopper_weights(side, Dtype(dtype), Link(link), to, {pointer<void>(at[2]), pitch, pointer<float>(at[3])},
+                              {blocks, pointer<void>(stream)});
+             },
+             Free());
+  module.def("product",
+             [](const std::array<Address, 4>& at, i64 pitch, const std::array<int, 3>& sizes, bool transposed, bool add,
+                int dtype, int blocks, Address stream) {
+               const auto& [rows, depth, inner] = sizes;
+               hopper_product({pointer<float>(at[0]), pointer<const float>(at[1]), rows, depth, inner, add},
+                              pointer<const void>(at[2]), pitch, pointer<const void>(at[3]), transposed, Dtype(dtype),
+                              {blocks, pointer<void>(stream)});
+             },
+             Free());
+}
+
 inline void bind(pybind11::module_ module) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.attr("parts") = kParts;
@@ -116,8 +140,10 @@ inline void bind(pybind11::module_ module) {
   });
 #ifdef FASTCL_HOPPER
   bind_products(module, "hopper", hopper_sums, hopper_grad, [](int depth) {
+    if (depth > kDeepest) return std::array{kHopperWideRows, kHopperWideCols, kHopperWideRows, kHopperWideCols, 2, 1};
     return std::array{kHopperSumsRows, kHopperSumsCols, kHopperGradRows, hopper_grad_cols(depth), 2, 1};
   });
+  bind_strips(module.attr("hopper"));
 #endif
   module.attr("views_rows") = kViewsRows;
   module.def("bounds",

@@ -3,7 +3,7 @@
 // its place is free again.
 #pragma once
 
-#include "tile.cuh"
+#include "panels.cuh"
 
 namespace fastcl::cuda::hopper {
 
@@ -57,5 +57,19 @@ __device__ __forceinline__ void group_sync(int group) { ptx::named_wait(1 + kCom
 // at 64 not.
 template <int D>
 constexpr int kShare = D <= 64 ? 4 : D <= 128 ? 8 : 0;
+
+// The sums over a warpgroup's columns of a panel, as add_warps. Of one set, the second of a span's two parts is the other
+// warpgroup's, which has no sums for these columns.
+template <Link L, int BN>
+__device__ __forceinline__ void store_columns(const Pairs& p, const Sums& plan, const Panel& at, int first_col,
+                                              const float* sums, bool all_kept) {
+  const bool two_parts = p.symmetric && at.i != at.j;
+  const int number = p.symmetric ? kComputing * (at.i == at.j ? plan.row_spans : at.i) : at.i;
+  float* part = plan.col_parts + i64(number) * p.n + first_col;
+  add_warps<L, BN>(sums, p.n - first_col, all_kept, [&](int c, float total) {
+    part[c] = total;
+    if (two_parts) part[p.n + c] = 0.0f;
+  });
+}
 
 }  // namespace fastcl::cuda::hopper

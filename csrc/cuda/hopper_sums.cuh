@@ -2,7 +2,6 @@
 #pragma once
 
 #include "hopper.cuh"
-#include "panels.cuh"
 
 namespace fastcl::cuda::hopper {
 
@@ -112,14 +111,7 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
       if (!plan.col_parts) return;
       across_rows<BN>(col_total, col_sums + warp * BN);
       group_sync(group);
-      // Of one set, the second of two parts is the other warpgroup's, which has no sums for these columns.
-      const bool two_parts = p.symmetric && at.i != at.j;
-      const int part_of_unit = p.symmetric ? kComputing * (at.i == at.j ? plan.row_spans : at.i) : at.i;
-      float* part = plan.col_parts + i64(part_of_unit) * p.n + first_col;
-      add_warps<L, BN>(col_sums, p.n - first_col, all_kept, [&](int c, float total) {
-        part[c] = total;
-        if (two_parts) part[p.n + c] = 0.0f;
-      });
+      store_columns<L, BN>(p, plan, at, first_col, col_sums, all_kept);
       // The next turn comes before any warp writes col_sums again.
     });
   }

@@ -77,6 +77,21 @@ struct RestoreSide {
   int splits, pitch;
 };
 
+// Weights of a strip of rows, in the dtype of the rows: (M, pitch); and their gain.
+struct Strip {
+  void* weights;
+  i64 pitch;
+  float* gain;
+};
+
+// out (rows, depth) = weights y / gain, summed over `inner`; added to what is there, or not.
+struct Product {
+  float* out;
+  const float* gain;
+  int rows, depth, inner;
+  bool add;
+};
+
 struct Target {  // of a launch
   int blocks;
   void* stream;
@@ -94,10 +109,15 @@ void restore(const Views&, const Sides&, const RestoreSide& x, const RestoreSide
 // The same by wgmma and the copy engine, in libraries built for sm_90a.
 void hopper_sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
+// For rows of any depth: sums; weights of a strip, with their sums, where the plan has room for them; products with those.
+void hopper_wide_sums(const Pairs&, Dtype, Link, const Sums&, Target);
+void hopper_weights(const GradSide&, Dtype, Link, const Sums&, const Strip&, Target);
+void hopper_product(const Product&, const void* weights, i64 pitch, const void* y, bool transposed, Dtype, Target);
 
 // Rows and columns of a tile, which the plan must know.
 constexpr int kSumsRows = 64, kGradRows = 64;
 constexpr int kHopperSumsRows = 64, kHopperSumsCols = 256, kHopperGradRows = 128;
+constexpr int kHopperWideRows = 128, kHopperWideCols = 256;
 constexpr int kViewsRows = 4;  // pairs of partners, of a block
 constexpr int kDeepest = 256;
 constexpr int sums_cols(int depth) { return depth <= 128 ? 128 : 64; }

@@ -200,19 +200,22 @@ __device__ __forceinline__ uint32_t renewed(uint32_t v) {
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTCL_WGMMA(N, type) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type "." type " "
 
-// d (64 x N, fp32) = or += a b. Of both operands, a (64 x 16) and b (N x 16), the 16 numbers of a row lie side by side.
-#define FASTCL_SHARED(N, type, registers, outputs, a_at, b_at, add_at)                                         \
+// d (64 x N, fp32) = or += a b. Of an operand, a (64 x 16) or b (N x 16), the 16 numbers of a row lie side by side, or those
+// of a column do.
+#define FASTCL_SHARED(N, type, registers, outputs, a_at, b_at, add_at, a_columns, b_columns)                   \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, " a_at \
-               ", " b_at ", p, 1, 1, 0, 0; }"                                                                   \
-               : outputs                                                                                        \
-               : "l"(a), "l"(b), "r"(int(add)))
-template <Dtype T, int N>
+               ", " b_at ", p, 1, 1, " a_columns ", " b_columns "; }"                                          \
+               : outputs                                                                                       \
+               : "l"(a), "l"(b), "r"(int(add)), "n"(int(COLUMNS_A)), "n"(int(COLUMNS_B)))
+#define FASTCL_SHARED_32(N, type) FASTCL_SHARED(N, type, FASTCL_R32, FASTCL_D32, "%32", "%33", "%34", "%35", "%36")
+#define FASTCL_SHARED_64(N, type) FASTCL_SHARED(N, type, FASTCL_R64, FASTCL_D64, "%64", "%65", "%66", "%67", "%68")
+template <Dtype T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
 __device__ __forceinline__ void wgmma_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   static_assert(N == 64 || N == 128);
-  if constexpr (N == 64 && T == Dtype::bf16) FASTCL_SHARED("64", "bf16", FASTCL_R32, FASTCL_D32, "%32", "%33", "%34");
-  if constexpr (N == 64 && T == Dtype::f16) FASTCL_SHARED("64", "f16", FASTCL_R32, FASTCL_D32, "%32", "%33", "%34");
-  if constexpr (N == 128 && T == Dtype::bf16) FASTCL_SHARED("128", "bf16", FASTCL_R64, FASTCL_D64, "%64", "%65", "%66");
-  if constexpr (N == 128 && T == Dtype::f16) FASTCL_SHARED("128", "f16", FASTCL_R64, FASTCL_D64, "%64", "%65", "%66");
+  if constexpr (N == 64 && T == Dtype::bf16) FASTCL_SHARED_32("64", "bf16");
+  if constexpr (N == 64 && T == Dtype::f16) FASTCL_SHARED_32("64", "f16");
+  if constexpr (N == 128 && T == Dtype::bf16) FASTCL_SHARED_64("128", "bf16");
+  if constexpr (N == 128 && T == Dtype::f16) FASTCL_SHARED_64("128", "f16");
 }
 
 // The same with a in registers, as mma.m16n8k16 has it, and b (16 x N), whose N numbers of a row lie side by side.

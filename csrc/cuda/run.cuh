@@ -27,10 +27,10 @@ void run(void (*kernel)(Parameters...), Target target, int shared_bytes, const A
 #endif
 }
 
-// Rows of 16-bit numbers as the copy engine sees them, in boxes of 64 rows and 64 features.
-inline ptx::TensorMap tensor_map(const void* rows, int count, int depth, Dtype dtype) {
+// Rows of 16-bit numbers, `pitch` apart, as the copy engine sees them, in boxes of 64 rows and 64 features.
+inline ptx::TensorMap tensor_map(const void* rows, int count, int depth, i64 pitch, Dtype dtype) {
 #ifdef FASTCL_SIMULATE
-  return {static_cast<const uint16_t*>(rows), count, depth};
+  return {static_cast<const uint16_t*>(rows), count, depth, pitch};
 #else
   // The driver is asked for by name, so that the module loads where there is none.
   static const auto encode = [] {
@@ -40,12 +40,12 @@ inline ptx::TensorMap tensor_map(const void* rows, int count, int depth, Dtype d
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("CUDA: the driver has no tensor maps");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  const cuuint64_t sizes[2] = {cuuint64_t(depth), cuuint64_t(count)}, pitch[1] = {cuuint64_t(depth) * 2};
+  const cuuint64_t sizes[2] = {cuuint64_t(depth), cuuint64_t(count)}, pitches[1] = {cuuint64_t(pitch) * 2};
   const cuuint32_t box[2] = {64, 64}, every[2] = {1, 1};
   ptx::TensorMap map;
   const CUresult result =
       encode(&map, dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             const_cast<void*>(rows), sizes, pitch, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             const_cast<void*>(rows), sizes, pitches, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("CUDA: no tensor map, error " + std::to_string(result));
   return map;

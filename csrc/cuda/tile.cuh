@@ -97,9 +97,9 @@ __device__ __forceinline__ void across_columns(float (&row_total)[2], bool all_k
   }
 }
 
-// Leaves the sums of a warp's 16 rows over every column at `sums` (BN).
+// Leaves the sums of a warp's 16 rows over every column at `sums` (BN), or adds them to what is there.
 template <int BN>
-__device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2], float* sums) {
+__device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2], float* sums, bool add = false) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < BN / 4; i++) {
@@ -107,7 +107,8 @@ __device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2],
     total += __shfl_xor_sync(kAll, total, 4);
     total += __shfl_xor_sync(kAll, total, 8);
     total += __shfl_xor_sync(kAll, total, 16);
-    if (lane < 4) sums[i / 2 * 8 + lane * 2 + i % 2] = total;
+    float& sum = sums[i / 2 * 8 + lane * 2 + i % 2];
+    if (lane < 4) sum = add ? sum + total : total;
   }
 }
 
@@ -187,6 +188,21 @@ __device__ __forceinline__ void add_weights(const float (&w)[BN / 8][4], bool wa
   if (!wanted) return;
 #pragma unroll
   for (int i = 0; i < BN / 2; i++) weight_total[i / 2 % 2] += w[i / 4][i % 4];
+}
+
+// Writes weights for the products that follow. A pair of columns may be half outside, where nobody reads.
+template <Dtype T, int BN>
+__device__ __forceinline__ void store_weights(const Strip& strip, const Pairs& p, int row, int col,
+                                              const float (&w)[BN / 8][4]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    if (!ptx::guard(row + 8 * h < p.m)) continue;
+    uint16_t* to = static_cast<uint16_t*>(strip.weights) + (row + 8 * h) * strip.pitch + col;
+#pragma unroll
+    for (int b = 0; b < BN / 8; b++)
+      if (ptx::guard(col + 8 * b < p.n))
+        *reinterpret_cast<uint32_t*>(to + 8 * b) = ptx::narrow2<T>(w[b][2 * h], w[b][2 * h + 1]);
+  }
 }
 
 // Two neighbouring accumulators of a product are 16 columns of an operand of the next.

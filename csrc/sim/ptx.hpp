@@ -109,6 +109,7 @@ inline float reciprocal(float v) { return flushed(1.0f / flushed(v)); }
 struct TensorMap {
   const uint16_t* base = nullptr;
   int rows = 0, depth = 0;
+  int64_t pitch = 0;
 };
 
 namespace detail {
@@ -174,12 +175,12 @@ struct Operand {
       for (int k = 0, r = first + i; k < 16; k += 8)
         read_eight<T>(start + r / 8 * stride + r % 8 * 128 + k * 2, to[i] + k, 1);
   }
-  // 16 x N numbers, of which the N of a row lie side by side, 64 of them in 128 bytes; to[n][k].
+  // 16 x N numbers from column `first` on, of which the N of a row lie side by side, 64 of them in 128 bytes; to[n][k].
   template <Dtype T, int N>
-  void columns(float (*to)[16]) const {
+  void columns(int first, float (*to)[16]) const {
     for (int k = 0; k < 16; k++)
-      for (int n = 0; n < N; n += 8)
-        read_eight<T>(start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2, to[n] + k, 16);
+      for (int i = 0, n = first; i < N; i += 8, n += 8)
+        read_eight<T>(start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2, to[i] + k, 16);
   }
 };
 
@@ -261,16 +262,17 @@ inline void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int f
       for (int c = 0; c < 64; c += 8) {
         const uint32_t at = to + r * 128 + c * 2;
         unsigned char* piece = sim::shared_at(at ^ (at >> 7 & 7) << 4, 16, 16);
-        // rows are whole pieces long
-        if (row + r < from.rows && feature + c < from.depth)
-          std::memcpy(piece, from.base + int64_t(row + r) * from.depth + feature + c, 16);
-        else
-          std::memset(piece, 0, 16);
+        for (int i = 0; i < 8; i++) {
+          const bool inside = row + r < from.rows && feature + c + i < from.depth;
+          const uint16_t v = inside ? from.base[(row + r) * from.pitch + feature + c + i] : 0;
+          std::memcpy(piece + i * 2, &v, 2);
+        }
       }
     sim::Barrier& b = detail::barrier_at(barrier);
     b.bytes -= 64 * 128;
     detail::end_phase_if_complete(b);
   };
+  if (reinterpret_cast<uintptr_t>(from.base) % 16 || from.pitch % 8) sim::fail("a tensor map is not aligned to 16 bytes");
   if (!detail::barrier_at(barrier).published) sim::fail("a copy is to tell a barrier that is not published");
   if (sim::copies_land_at_once())
     land();
@@ -340,13 +342,16 @@ inline uint32_t renewed(uint32_t v) { return v; }
 template <int K>
 void wgmma_keep(float (&)[K][4]) {}
 
-template <Dtype T, int N>
+template <Dtype T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
 void wgmma_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   using Products = std::vector<detail::Product>;
   const detail::Operand rows(a), cols(b);
-  detail::begin_product<N>({nullptr, a, b, add}, d,
-                           [=](const Products&, int first, float (*to)[16]) { rows.rows<T, 16>(first, to); },
-                           [=](float (*to)[16]) { cols.rows<T, N>(0, to); });
+  const auto fill_a = [=](const Products&, int first, float (*to)[16]) {
+    COLUMNS_A ? rows.columns<T, 16>(first, to) : rows.rows<T, 16>(first, to);
+  };
+  detail::begin_product<N>({nullptr, a, b, add}, d, fill_a, [=](float (*to)[16]) {
+    COLUMNS_B ? cols.columns<T, N>(0, to) : cols.rows<T, N>(0, to);
+  });
 }
 
 template <Dtype T, int N>
@@ -359,7 +364,7 @@ void wgmma_registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, b
           to[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + half] =
               widen<T>(uint16_t(products[lane].registers[i] >> 16 * half));
   };
-  detail::begin_product<N>({a, 0, b, add}, d, from_registers, [=](float (*to)[16]) { cols.columns<T, N>(to); });
+  detail::begin_product<N>({a, 0, b, add}, d, from_registers, [=](float (*to)[16]) { cols.columns<T, N>(0, to); });
 }
 
 }  // namespace fastcl::ptx

@@ -67,6 +67,15 @@ class Pairs(NamedTuple):
             self.col_ceiling, self.row_ceiling, self.symmetric,
         )  # fmt: skip
 
+    def sliced(self, rows: slice, cols: slice) -> Pairs:
+        """Some rows against some columns."""
+        row, col = (lambda t, part=part: t if t is None else t[part] for part in (rows, cols))
+        return Pairs(
+            self.x[rows], self.y[cols], self.scale, row(self.row_bias), col(self.col_bias),
+            row(self.drop_x), col(self.drop_y), row(self.only_x), col(self.only_y),
+            row(self.row_ceiling), col(self.col_ceiling),
+        )  # fmt: skip
+
 
 class Sides(NamedTuple):
     """Upstream gradients of the row and the column results; the exponential link also needs those results."""
@@ -78,6 +87,9 @@ class Sides(NamedTuple):
 
     def swapped(self) -> Sides:
         return Sides(self.col_lse, self.col_grad, self.row_lse, self.row_grad)
+
+    def sliced(self, rows: slice, cols: slice) -> Sides:
+        return Sides(*(t if t is None else t[part] for t, part in zip(self, (rows, rows, cols, cols), strict=True)))
 
 
 # A plain global: autograd runs backward on threads of its own, which do not inherit a ContextVar. A loss reads it once,

@@ -1,9 +1,10 @@
-"""CUDA C++ on a GPU (``csrc/cuda``), reached by raw addresses: fp16 and bf16 rows of at most 256 features.
+"""CUDA C++ on a GPU (``csrc/cuda``), reached by raw addresses: fp16 and bf16 rows.
 
 Here stands what is launched. Results are found in the same steps as those of the ``triton`` backend: bounds and key
 ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned
-by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. Tests run the same kernels on
-CPU tensors, in a simulator (``csrc/sim``).
+by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. More than 256 features are
+for Hopper's kernels only, whose gradients then go in strips of rows. Tests run the same kernels on CPU tensors, in a
+simulator (``csrc/sim``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _settings
 from . import Pairs, Sides
 
 try:
@@ -29,6 +31,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/ker
 _SPANS = 32  # of rows, and of columns
 _UNITS = _SPANS * (_SPANS + 1) // 2
 _THREADS = 128
+_STRIP = 256  # rows: the height of a strip is a multiple
 _SHORTEST_RANGE = 16  # of keys, of any backend: fakes do not know whose ranges they are
 _BUILD_REPORT = Path(__file__).parent.parent / "_cuda_build.txt"
 
@@ -45,8 +48,10 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return "has no CUDA kernel for neighbours"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16 rows on a GPU, got {x.dtype}"
-    if x.shape[1] % 8 or not 0 < x.shape[1] <= kernels.deepest:
-        return f"needs a multiple of 8 features, at most {kernels.deepest}, on a GPU; got {x.shape[1]}"
+    if x.shape[1] % 8 or x.shape[1] == 0:
+        return f"needs a multiple of 8 features on a GPU, got {x.shape[1]}"
+    if x.shape[1] > kernels.deepest and (op == "contrastive" or family(x.device) == "ampere"):
+        return f"takes at most {kernels.deepest} features on this GPU, got {x.shape[1]}"
     return None
 
 
@@ -64,25 +69,11 @@ def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
 def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = None, loss: Tensor | None = None) -> None:
     """Writes the results of rows and (unless empty) columns; from the logits of partners, the losses of both."""
     m, n, both = call.m, call.n, len(col) > 0
-    rows, cols, _, _, parts, at_once = call.tiles()
-    if call.symmetric:
-        side = max(rows, cols)
-        row_span = col_span = _span(n, side, _SPANS)
-        row_spans = _blocks(n, row_span)
-        units = row_spans * (row_spans + 1) // 2
-        row_parts = col_parts = _new(row, parts * row_spans + 1, n)
-    else:
-        row_span = _span(m, rows, 24)
-        row_spans = _blocks(m, row_span)
-        col_span = _span(n, cols, _blocks(_UNITS, row_spans))
-        col_spans = _blocks(n, col_span)
-        units = row_spans * col_spans
-        row_parts, col_parts = _new(row, parts * col_spans, m), _new(row, row_spans, n if both else 0)
+    plan, blocks, (row_parts, col_parts) = _plan(call, True, both)
     room = 126 - (max(m, n) - 1).bit_length()
     call.launch(
-        "sums", min(units, at_once * processors(call.device)), call.pairs, call.dtype, call.link,
-        _addresses(call.bounds, row_parts, col_parts), (room, row_span, col_span, row_spans, units),
-    )  # fmt: skip
+        "sums", blocks, call.pairs, call.dtype, call.link, _addresses(call.bounds, row_parts, col_parts), (room, *plan)
+    )
     col_loss = loss if loss is None else loss[m:]
     sides = [
         (pairs, _addresses(parts, out, positive, losses), (len(parts), _blocks(len(out), _THREADS)))
@@ -92,6 +83,27 @@ def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = Non
     ]  # fmt: skip
     blocks = sum(counts[1] for *_, counts in sides)
     call.launch("finish", blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
+
+
+def _plan(call: _Call, of_rows: bool, of_cols: bool) -> tuple[tuple[int, ...], int, tuple[Tensor, Tensor]]:
+    """How the matrix is cut into units of spans, by how many blocks, and the parts of the sums that are wanted."""
+    m, n, x = call.m, call.n, call.tensors[0]
+    rows, cols, _, _, parts, at_once = call.tiles()
+    if call.symmetric:
+        row_span = col_span = _span(n, max(rows, cols), _SPANS)
+        row_spans = _blocks(n, row_span)
+        units = row_spans * (row_spans + 1) // 2
+        row_parts = col_parts = _new(x, parts * row_spans + 1, n)
+    else:
+        row_span = _span(m, rows, 24)
+        row_spans = _blocks(m, row_span)
+        col_span = _span(n, cols, _blocks(_UNITS, row_spans))
+        col_spans = _blocks(n, col_span)
+        units = row_spans * col_spans
+        row_parts = _new(x, parts * col_spans, m if of_rows else 0)
+        col_parts = _new(x, row_spans, n if of_cols else 0)
+    plan = (row_span, col_span, row_spans, units)
+    return plan, min(units, at_once * processors(call.device)), (row_parts, col_parts)
 
 
 def grad(
@@ -107,8 +119,10 @@ def grad(
 
         dx, dy = zeros(want_dx, m, d), zeros(want_dy, n, d)
         return dx, dy, zeros(want_sums, m), zeros(want_sums, n), zeros(want_total, m)
+    if d > call.kernels.deepest:
+        return *_strips(link, pairs, sides, want_dx, want_dy, want_sums), _new(pairs.x, 0)
     call.find_bounds(False)
-    upstream = call.upstream(sides.row_lse, sides.row_grad), call.upstream(sides.col_lse, sides.col_grad)
+    upstream = call.upstreams(sides)
     wanted = (want_dx, want_sums, want_total), (want_dy, want_sums and not pairs.symmetric, False)
     parts = _grad(call, upstream, *wanted)
     dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in parts)
@@ -139,10 +153,62 @@ def _grad(
     return results
 
 
+def _strips(
+    link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A strip of weights at a time: dx of its rows, and what it gives to all of dy (one set: to the rows below)."""
+    (m, d), n, x, symmetric = pairs.x.shape, len(pairs.y), pairs.x, pairs.symmetric
+    budget = _settings.workspace_bytes
+    budget = max(64 * 2**20, 4 * (m + n) * d) if budget is None else budget
+    pitch = _blocks(n, 8) * 8
+    height = max(1, min(budget // (2 * pitch * _STRIP), _blocks(m, _STRIP))) * _STRIP
+    weights, gain = _new(x, min(height, m), pitch, dtype=x.dtype), _new(x, 1)
+    dx, row_sum = _new(x, *((m, d) if want_dx else (0,))), _new(x, m if want_sums else 0)
+    dy, col_sum = _new(x, *((n, d) if want_dy else (0,))), _new(x, n if want_sums else 0)
+    if symmetric:
+        dy, col_sum = dx, row_sum
+    for first in range(0, m, height):
+        rows = slice(first, min(first + height, m))
+        cols = slice(first if symmetric else 0, n)
+        call = _Call(link, pairs.sliced(rows, cols))
+        call.find_bounds(False)
+        plan, blocks, parts = _plan(call, want_sums, want_sums)
+        call.launch(
+            "weights", blocks, call.pairs, call.upstreams(sides.sliced(rows, cols)), call.dtype, call.link,
+            _addresses(*parts, weights, gain), pitch, plan,
+        )  # fmt: skip
+        strip = weights[: call.m, : call.n]
+        below = slice(rows.stop, n) if symmetric else cols  # of dy, which this strip also gives to
+        given = strip[:, call.m :] if symmetric else strip
+        if want_dx:
+            _product(call, dx[rows], strip, call.rows[1], gain, add=symmetric and first > 0)
+        if want_dx if symmetric else want_dy:
+            _product(call, dy[below], given.T, call.rows[0], gain, add=first > 0)
+        if want_sums:
+            row, col = (part.sum(0) / gain for part in parts)
+            row_sum[rows] = row + row_sum[rows] if symmetric and first else row
+            col = col[call.m :] if symmetric else col
+            col_sum[below] = col + col_sum[below] if first else col
+    return dx, _new(x, 0) if symmetric else dy, row_sum, row_sum.clone() if symmetric else col_sum
+
+
+def _product(call: _Call, out: Tensor, weights: Tensor, y: int, gain: Tensor, add: bool) -> None:
+    """out = or += weights y / gain; ``y`` is an address."""
+    if len(out) == 0:
+        return
+    (rows, depth), transposed = out.shape, weights.stride(0) == 1
+    rows_of_tile, features_of_tile, *_ = call.tiles()
+    call.launch(
+        "product", _blocks(rows, rows_of_tile) * _blocks(depth, features_of_tile),
+        (*_addresses(out, gain, weights), y), weights.stride(1) if transposed else weights.stride(0),
+        (rows, depth, weights.shape[1]), transposed, add, call.dtype,
+    )  # fmt: skip
+
+
 def reduce_grad(
     link: str, pairs: Pairs, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    if link != "softplus":
+    if link != "softplus" or pairs.x.shape[1] > kernels.deepest:  # type: ignore[union-attr]
         return None
     dx, dy, row_sum, _, row = grad(link, pairs, Sides(), want_dx, want_dy, want_sums, want_total=True)
     return row, dx, dy, row_sum
@@ -270,6 +336,9 @@ class _Call:
             grad = grad.contiguous()
         self.tensors.append(grad)
         return _addresses(self.keep(lse, torch.float32), grad, positive), grad.stride(0)
+
+    def upstreams(self, sides: Sides) -> tuple[Any, Any]:
+        return self.upstream(sides.row_lse, sides.row_grad), self.upstream(sides.col_lse, sides.col_grad)
 
     def views(self, x: Tensor, y: Tensor | None, z: Tensor, length: Tensor, positive: Tensor) -> Any:
         """Raw rows of both views (two tensors, or the halves of one), and what is made of them."""

@@ -361,9 +361,9 @@ def _strips(
     for first in range(0, m, height):
         rows = slice(first, min(first + height, m))
         cols = slice(first if mirrored else 0, n)
-        strip = _sliced(pairs, rows, cols)
+        strip = pairs.sliced(rows, cols)
         sums = _strip_weights(
-            link, strip, _sides_of(sides, rows, cols), want, (_of(positives[0], rows), _of(positives[1], cols)),
+            link, strip, sides.sliced(rows, cols), want, (_of(positives[0], rows), _of(positives[1], cols)),
             (_of(ranges[0], rows, _range_of(strip.x)), _of(ranges[1], cols, _range_of(strip.x))), weights, balance,
         )  # fmt: skip
         for total, part in zip((row_sum, row_total), sums, strict=True):
@@ -566,18 +566,6 @@ def _contiguous(pairs: Pairs) -> Pairs:
     rows = [x, x if pairs.symmetric else pairs.y.contiguous(), pairs.scale]
     vectors = [t if t is None else t.contiguous() for t in pairs[3:-1]]
     return Pairs._make([*rows, *vectors, pairs.symmetric])
-
-
-def _sliced(pairs: Pairs, rows: slice, cols: slice) -> Pairs:
-    x, y, scale, row_bias, col_bias, drop_x, drop_y, only_x, only_y, row_ceiling, col_ceiling, _ = pairs
-    return Pairs(
-        x[rows], y[cols], scale, _of(row_bias, rows), _of(col_bias, cols), _of(drop_x, rows), _of(drop_y, cols),
-        _of(only_x, rows), _of(only_y, cols), _of(row_ceiling, rows), _of(col_ceiling, cols),
-    )  # fmt: skip
-
-
-def _sides_of(sides: Sides, rows: slice, cols: slice) -> Sides:
-    return Sides(*(_of(t, part) for t, part in zip(sides, (rows, rows, cols, cols), strict=True)))
 
 
 def _of(t: Tensor | None, part: slice, size: int = 1) -> Tensor | None:
