@@ -63,7 +63,7 @@ _UNITS_16 = _table({  # 16 bytes per thread and load want deeper steps
 })  # fmt: skip
 _MMA_SYNC_16 = _table({
     "sums": [(64, 64, 128, 64, 0, 8, 2), (128, 64, 128, 128, 0, 8, 2), (ANY, 128, 64, 32, 0, 8, 3)],
-    "sums, crowded": [(64, 64, 64, 64, 0, 4, 2), (128, 64, 64, 128, 0, 4, 2), (ANY, 64, 64, 32, 0, 4, 2)],
+    "sums, crowded": [(64, 64, 64, 64, 0, 4, 2), (128, 64, 64, 128, 0, 8, 2), (ANY, 64, 64, 32, 0, 4, 2)],
     "grad": [
         (64, 128, 64, 64, 64, 8, 2), (128, 128, 64, 128, 128, 8, 2), (ANY, 64, 64, 32, 128, 8, 2),
         (ANY, 64, 64, 32, 64, 8, 2),
@@ -74,7 +74,7 @@ _MMA_SYNC_16 = _table({
     "product": [(ANY, 128, 0, 32, 128, 8, 3)],
     "argmax": [(ANY, 64, 64, 32, 0, 8, 2)],
     "topk": [(ANY, 32, 64, 32, 0, 8, 2)],
-    "finish": [(ANY, 32, 32, 64, 0, 4, 1)],
+    "finish": [(ANY, 32, 32, 64, 0, 8, 1)],
 })  # fmt: skip
 _MMA_SYNC_TMA_16 = {  # tiles come through the copy engine, and registers are fewer
     **_MMA_SYNC_16,
@@ -122,12 +122,21 @@ _WGMMA_32 = _table({
     "topk": [(ANY, 64, 64, 32, 0, 8, 2)],
     "finish": [(ANY, 64, 64, 32, 0, 4, 2)],
 })  # fmt: skip
+_TCGEN05_32 = {  # a thread has 32 columns of a tile of 128 rows, and needs all of their keys at once; of 64 rows, 16
+    **_WGMMA_32,
+    **_table({"sums, crowded": [(ANY, 64, 64, 32, 0, 8, 3)]}),
+}
 _TCGEN05_16 = {
     **_WGMMA_16,
     **_table({
         "sums": [
             (64, 128, 64, 64, 0, 8, 3), (128, 128, 64, 128, 0, 8, 3), (256, 128, 64, 256, 0, 8, 2),
             (ANY, 128, 64, 64, 0, 8, 4),
+        ],
+        "sums, crowded": [(64, 64, 64, 64, 0, 8, 3), (128, 64, 64, 128, 0, 8, 3), (ANY, 64, 64, 64, 0, 8, 4)],
+        "grad": [
+            (64, 128, 64, 64, 64, 8, 2), (128, 128, 64, 128, 128, 8, 2), (256, 64, 64, 256, 256, 8, 2),
+            (ANY, 64, 64, 64, 256, 8, 2),
         ],
         "weights": [(ANY, 128, 64, 64, 0, 8, 4)],
     }),
@@ -151,7 +160,7 @@ _TABLE = {
     "mma.sync and TMA, 16 bits": _MMA_SYNC_TMA_16,
     "wgmma, 32 bits": _WGMMA_32,
     "wgmma, 16 bits": _WGMMA_16,
-    "tcgen05, 32 bits": _WGMMA_32,
+    "tcgen05, 32 bits": _TCGEN05_32,
     "tcgen05, 16 bits": _TCGEN05_16,
     "interpreter": _INTERPRETER,
 }

@@ -37,7 +37,7 @@ _PARTS = 128  # programs that look for bounds; each writes a part
 _SPANS = 32  # of rows, and of columns: 528 pairs of them in a triangle, four for each processor of a Hopper GPU
 _UNITS = _SPANS * (_SPANS + 1) // 2
 _WIDEST = 8192  # features of a row that a program holds at once
-_SLOTS = 256  # neighbours that a program keeps of each row
+_SLOTS = 128  # neighbours that a program keeps of each row; of 256, their ranks alone take half of the registers
 _LOWEST = -(1 << 63) + _SLOTS  # of the ranks of neighbours; below it is none
 _STRIPS_FROM = 2049  # rows; below, one launch is worth more than fewer operations
 # Left alone, the assembler aims at more blocks per processor, and pays with registers that spill.
