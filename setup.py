@@ -40,7 +40,11 @@ FLAGS += ["-fno-trapping-math", *(["-DFASTCL_X86"] if X86 else []), *os.environ.
 ARCHITECTURES = os.environ.get("FASTCL_CUDA_ARCHS", "80;90a").split(";")
 CUDA_SOURCES = ("vectors", "contrastive")  # for all of them
 AMPERE_SOURCES = ("sums", "grad")
-HOPPER_SOURCES = ("hopper_sums", "hopper_grad")  # for sm_90a alone, where they take the place of AMPERE_SOURCES
+HOPPER_SOURCES = (
+    "hopper_sums",
+    "hopper_grad",
+    "hopper_wide",
+)  # for sm_90a alone, where they take the place of AMPERE_SOURCES
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
 HOPPER_FLAGS = ["-DFASTCL_HOPPER"] if HOPPER_SOURCES and "90a" in ARCHITECTURES else []
 

@@ -53,6 +53,7 @@ CUDA_PRODUCTS = {
     "csrc/cuda/grad.cu": "mma.sync",
     "csrc/cuda/hopper_sums.cu": "wgmma",
     "csrc/cuda/hopper_grad.cu": "wgmma",
+    "csrc/cuda/hopper_wide.cu": "wgmma",
 }
 # Shared memory that a launch asks for, as a kernel's source calls it, by its template arguments; others need no more
 # than a few bytes.
@@ -61,6 +62,8 @@ DYNAMIC_SHARED = {
     "grad": "kGradShared<{1}>",
     "hopper_sums": "hopper::SumsLayout<{1}>::kBytes",
     "hopper_grad": "hopper::GradLayout<{1}>::kBytes",
+    "hopper_wide": "hopper::WideLayout::kBytes",
+    "hopper_product": "hopper::WideLayout::kBytes",
 }
 # Template arguments as csrc/kernels.hpp numbers them.
 ENUMERATORS = {"Dtype": ("f32", "bf16", "f16", "f64"), "Link": ("exp", "softplus")}
