@@ -336,9 +336,8 @@ def _counts(code: str) -> dict[str, Any]:
 
 
 def _loop(code: str) -> dict[str, int]:
-    """Instructions of the innermost loop with the most exponentials or products; empty where nothing loops.
-
-    Where innermost loops have none (they only copy, or look keys up), it is a loop around them.
+    """Instructions of the innermost loop that multiplies; where none does, of one with exponentials, or of any; of
+    several, that with the most of both. Empty where nothing loops.
 
     A loop is what lies between a label and a branch back to it. A path taken rarely (masks) that the assembler left
     inside counts as if it were always taken.
@@ -355,16 +354,16 @@ def _loop(code: str) -> dict[str, int]:
             if found[1].startswith("BRA") and back and back[1] in labels:
                 loops.append((labels[back[1]], len(listing)))
 
-    def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    def count(pattern: str, loop: tuple[int, int]) -> int:
+        return _count(pattern, listing[slice(*loop)])
 
-    def busy(loop: tuple[int, int]) -> int:
-        return _count("|".join(LOOP.values()), listing[slice(*loop)])
-
-    inner = innermost(loops)
-    if not any(map(busy, inner)):
-        inner = innermost(list(filter(busy, loops))) or inner
-    begin, end = max(inner, key=lambda loop: (busy(loop), loop[1] - loop[0]), default=(0, 0))
+    for pattern in (LOOP["products"], LOOP["exponentials"], ""):
+        some = [loop for loop in loops if count(pattern, loop)]
+        if some:
+            break
+    inner = [(a, b) for a, b in some if not any((c, d) != (a, b) and a <= c and d <= b for c, d in some)]
+    busy = "|".join(LOOP.values())
+    begin, end = max(inner, key=lambda loop: (count(busy, loop), loop[1] - loop[0]), default=(0, 0))
     body = listing[begin:end]
     return {"all": len(body), **{kind: n for kind, name in LOOP.items() if (n := _count(name, body))}} if body else {}
 
