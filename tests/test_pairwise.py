@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fastcl
-from fastcl import _ops
+from fastcl import _ops, backends
 from fastcl.backends import Pairs, Sides
 from fastcl.pairwise import (
     l2_normalize,
@@ -466,6 +466,13 @@ def test_explain_changes_nothing() -> None:
     assert q.grad is None
     assert loss.log_scale.grad is None
     assert "pair_grad" in fastcl.explain(fastcl.NTXentLoss(learn_temperature=True), torch.randn(4, 3))
+
+
+def test_explain_says_what_is_there_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA C++ is on a GPU, until a record shows it right and faster."""
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("triton",))
+    text = fastcl.explain("nt_xent", torch.randn(8, 4))
+    assert "not chunked: no GPU has run its kernels yet: fastcl.use_backend('chunked') asks for them" in text
 
 
 def test_explain_names_the_choice_and_the_reasons() -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .. import _settings
 
-# Device type -> backends, best first.
+# Device type -> backends, best first. One that is not listed is there on request only.
 PREFERENCE = {
     "cuda": ("triton", "chunked"),
     "cpu": ("native", "chunked", "triton"),  # triton runs on CPU tensors in its interpreter only: for tests
@@ -161,8 +161,15 @@ def choose(op: str, x: Tensor) -> Choice:
         chosen = select(op, x, _forced).__name__.rpartition(".")[2]
     except (RuntimeError, ValueError) as refusal:  # what is forced cannot, or does not exist
         error = str(refusal)
-    passed_over = f"{chosen} comes first" if _forced == "auto" else f"{_forced} is forced"
-    return Choice(chosen, error, {n: why_not(n, op, x) or passed_over for n in NAMES if n != chosen})
+
+    def passed_over(name: str) -> str:
+        if _forced != "auto":
+            return f"{_forced} is forced"
+        if name in _order(x):
+            return f"{chosen} comes first"
+        return f"no GPU has run its kernels yet: fastcl.use_backend({name!r}) asks for them"
+
+    return Choice(chosen, error, {n: why_not(n, op, x) or passed_over(n) for n in NAMES if n != chosen})
 
 
 def available_backends(x: Tensor | None = None) -> list[str]:
