@@ -83,8 +83,8 @@ inline RestoreSide restore_side_from(const RestoreSideTuple& t) {
 using SumsFunction = void (*)(const Pairs&, Dtype, Link, const Sums&, Target);
 using GradFunction = void (*)(const GradSide&, const GradSide&, Dtype, Link, Target);
 
-// One pair of kernels for sums and gradients, and what the plan must know of them: rows and columns of their tiles, how many
-// parts of the sums over rows a span of columns has, and how many blocks of sums fit on a processor.
+// One pair of kernels for sums and gradients, and what the plan must know of them: rows and columns of their tiles, how
+// many parts of the sums over rows a span of columns has, and how many blocks of sums fit on a processor.
 inline void bind_products(pybind11::module_ module, const char* name, SumsFunction sums, GradFunction grad,
                           std::array<int, 6> (*tiles)(int depth)) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
@@ -101,7 +101,8 @@ inline void bind_products(pybind11::module_ module, const char* name, SumsFuncti
              Free());
   module.def("grad",
              [=](const GradSideTuple& rows, const GradSideTuple& cols, int dtype, int link, int blocks, Address stream) {
-               grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link), {blocks, pointer<void>(stream)});
+               grad(grad_side_from(rows), grad_side_from(cols), Dtype(dtype), Link(link),
+                    {blocks, pointer<void>(stream)});
              },
              Free());
 }
@@ -111,10 +112,12 @@ inline void bind_strips(pybind11::module_ module) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.def("weights",
              [](const PairsTuple& pairs, const SidesTuple& sides, int dtype, int link,
-                const std::array<Address, 4>& at, i64 pitch, const std::array<int, 4>& plan, int blocks, Address stream) {
+                const std::array<Address, 4>& at, i64 pitch, const std::array<int, 4>& plan, int blocks,
+                Address stream) {
                const auto& [row_span, col_span, row_spans, units] = plan;
                const GradSide side{pairs_from(pairs), sides_from(sides)};
-               const Sums to{nullptr, pointer<float>(at[0]), pointer<float>(at[1]), 0, row_span, col_span, row_spans, units};
+               const Sums to{nullptr,  pointer<float>(at[0]), pointer<float>(at[1]), 0, row_span,
+                             col_span, row_spans,             units};
                hopper_weights(side, Dtype(dtype), Link(link), to, {pointer<void>(at[2]), pitch, pointer<float>(at[3])},
                               {blocks, pointer<void>(stream)});
              },

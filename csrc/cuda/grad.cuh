@@ -1,6 +1,7 @@
-// Gradients of rows and columns, for sm_80 and later. It is attention's forward with one matrix for keys and values: a block
-// owns 64 rows of the result, a tile of columns is read once and serves both products, and the weights between them never
-// leave the registers. Too few blocks for the device: columns are split, and the splits are added afterwards, in order.
+// Gradients of rows and columns, for sm_80 and later. It is attention's forward with one matrix for keys and values: a
+// block owns 64 rows of the result, a tile of columns is read once and serves both products, and the weights between
+// them never leave the registers. Too few blocks for the device: columns are split, and the splits are added
+// afterwards, in order.
 #pragma once
 
 #include "tile.cuh"
@@ -50,8 +51,8 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
     float w[BN / 8][4];
     products<T, D, BN>(w, q, tile);
     const bool masked = needs_mask<BM, BN>(p, row, col);
-    weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, col + lane % 4 * 2, masked,
-                         total);
+    weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, col + lane % 4 * 2,
+                         masked, total);
     add_weights<BN>(w, side.sum, weight_total);
     if (side.out) {
 #pragma unroll
@@ -75,8 +76,8 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
 
 // Blocks take the rows, and after them the columns, which are the rows of the transposed matrix.
 template <Dtype T, int D, Link L>
-__global__ void __launch_bounds__(kThreads) grad_kernel(const __grid_constant__ GradSide rows,
-                                                        const __grid_constant__ GradSide cols) {
+__global__ void __launch_bounds__(kThreads)
+    grad_kernel(const __grid_constant__ GradSide rows, const __grid_constant__ GradSide cols) {
   const int of_rows = rows.blocks * rows.splits;
   const bool is_row = int(blockIdx.x) < of_rows;
   grad_rows<T, D, L>(is_row ? rows : cols, blockIdx.x - (is_row ? 0 : of_rows));

@@ -1,6 +1,6 @@
-// What Hopper's kernels share. A block is three warpgroups: two compute, on 64 rows each, and one copies ahead of them, by the
-// copy engine, a box of 64 rows and 64 features at a time. Barriers in shared memory tell when a copy has landed and when
-// its place is free again.
+// What Hopper's kernels share. A block is three warpgroups: two compute, on 64 rows each, and one copies ahead of them,
+// by the copy engine, a box of 64 rows and 64 features at a time. Barriers in shared memory tell when a copy has landed
+// and when its place is free again.
 #pragma once
 
 #include "panels.cuh"
@@ -20,7 +20,9 @@ struct Operand {
 // Rows of 64 features, any number of which may follow each other.
 __device__ __forceinline__ Operand row_operand(uint32_t address) { return {1 << 16 | address / 16}; }
 // Their transpose, in which features 64 and on begin `next` bytes later.
-__device__ __forceinline__ Operand column_operand(uint32_t address, int next) { return {uint32_t(next / 16 << 16) | address / 16}; }
+__device__ __forceinline__ Operand column_operand(uint32_t address, int next) {
+  return {uint32_t(next / 16 << 16) | address / 16};
+}
 
 // Places that are filled and emptied in turn. The one who fills and those who empty them walk along, each with a copy.
 template <int STAGES>
@@ -53,13 +55,13 @@ __device__ __forceinline__ void pass_turn(int group) { ptx::named_arrive(1 + (gr
 // Barriers of one computing warpgroup.
 __device__ __forceinline__ void group_sync(int group) { ptx::named_wait(1 + kComputing + group, kGroup); }
 
-// How many of the exponentials of a tile are taken by polynomials: at 128 features they keep up with the products barely,
-// at 64 not.
+// How many of the exponentials of a tile are taken by polynomials: at 128 features they keep up with the products
+// barely, at 64 not.
 template <int D>
-constexpr int kShare = D <= 64 ? 4 : D <= 128 ? 8 : 0;
+constexpr int kShare = D > 128 ? 0 : D > 64 ? 8 : 4;
 
-// The sums over a warpgroup's columns of a panel, as add_warps. Of one set, the second of a span's two parts is the other
-// warpgroup's, which has no sums for these columns.
+// The sums over a warpgroup's columns of a panel, as add_warps. Of one set, the second of a span's two parts is the
+// other warpgroup's, which has no sums for these columns.
 template <Link L, int BN>
 __device__ __forceinline__ void store_columns(const Pairs& p, const Sums& plan, const Panel& at, int first_col,
                                               const float* sums, bool all_kept) {

@@ -1,6 +1,6 @@
-// Gradients of rows and columns for Hopper. A block owns 128 rows of the result, its computing warpgroups 64 each. A tile of
-// columns serves both products: its rows give the similarities, whose weights stay in registers, and its columns what
-// they weigh.
+// Gradients of rows and columns for Hopper. A block owns 128 rows of the result, its computing warpgroups 64 each. A
+// tile of columns serves both products: its rows give the similarities, whose weights stay in registers, and its
+// columns what they weigh.
 #pragma once
 
 #include "hopper.cuh"
@@ -9,7 +9,8 @@ namespace fastcl::cuda::hopper {
 
 constexpr int kGradStages = 4;
 
-// Shared memory: the block's rows, a ring of tiles of columns, their factors [stage][2][kCols], barriers, room for the balance.
+// Shared memory: the block's rows, a ring of tiles of columns, their factors [stage][2][kCols], barriers, room for the
+// balance.
 template <int D>
 struct GradLayout {
   static constexpr int kCols = hopper_grad_cols(D), kOut = D < 128 ? D : 128;  // features that one product adds to
@@ -39,7 +40,8 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
   }
   __syncthreads();
   const Pairs& p = side.pairs;
-  const Balance balance = balance_of<T, L, 3 * kGroup>(side.sides, p, reinterpret_cast<float*>(memory + Layout::kBalance));
+  const Balance balance =
+      balance_of<T, L, 3 * kGroup>(side.sides, p, reinterpret_cast<float*>(memory + Layout::kBalance));
   const int row = program % side.blocks * kHopperGradRows, split = program / side.blocks;
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
   const int begin = split * each * BN, end = min(begin + each * BN, p.n);  // no split is empty
@@ -61,7 +63,8 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
       for (int col = begin; col < end; col += BN, tiles.next()) {
         tiles.wait_empty();
         float* to = factors + tiles.stage * 2 * BN;
-        for (int c = lane; side.sides.col.grad && c < BN; c += 32) column_factors<L, BN>(to + c, side, col + c, balance);
+        for (int c = lane; side.sides.col.grad && c < BN; c += 32)
+          column_factors<L, BN>(to + c, side, col + c, balance);
         ptx::barrier_arrive(tiles.full());
       }
     }
@@ -74,7 +77,8 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
     uint32_t weights[BN / 16][4];
 
     const auto multiply = [&](int stage) {  // w = the similarities of the tile
-      const Operand own_rows = row_operand(ptx::renewed(shared) + group * kBoxBytes), tile = row_operand(tile_at(stage));
+      const Operand own_rows = row_operand(ptx::renewed(shared) + group * kBoxBytes),
+                    tile = row_operand(tile_at(stage));
 #pragma unroll
       for (int k = 0; k < D; k += 16) {
         const int box = k / kBox, in_box = k % kBox * 2;
@@ -109,8 +113,8 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
     turn([&] { multiply(0); });
     for (int col = begin;;) {
       const bool masked = needs_mask<kBox, BN>(p, group_row, col);
-      weigh_tile<L, BN, kShare<D>>(side, to, balance, row_factors, factors + tiles.stage * 2 * BN + lane % 4 * 2, w, own,
-                                   col + lane % 4 * 2, masked, total);
+      weigh_tile<L, BN, kShare<D>>(side, to, balance, row_factors, factors + tiles.stage * 2 * BN + lane % 4 * 2, w,
+                                   own, col + lane % 4 * 2, masked, total);
       add_weights<BN>(w, side.sum, weight_total);
 #pragma unroll
       for (int k = 0; k < BN / 16; k++) pack_operand<T>(weights[k], w[2 * k], w[2 * k + 1]);

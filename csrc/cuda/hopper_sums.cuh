@@ -5,7 +5,8 @@
 
 namespace fastcl::cuda::hopper {
 
-// A panel has two halves, one for each computing warpgroup, in which its column sums grow; both read the same tiles of rows.
+// A panel has two halves, one for each computing warpgroup, in which its column sums grow; both read the same tiles of
+// rows.
 constexpr int kHalf = 128, kTiles = 8;
 template <int D>
 constexpr int kHalfBytes = kHalf / kBox * (D / kBox) * kBoxBytes;
@@ -21,8 +22,8 @@ struct SumsLayout {
 // As sums_kernel of sm_80; there are two parts for every span of columns, one of each warpgroup.
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(3 * kGroup, 1)
-    hopper_sums_kernel(const __grid_constant__ ptx::TensorMap x, const __grid_constant__ ptx::TensorMap y, const Pairs p,
-                       const Sums plan) {
+    hopper_sums_kernel(const __grid_constant__ ptx::TensorMap x, const __grid_constant__ ptx::TensorMap y,
+                       const Pairs p, const Sums plan) {
   using Layout = SumsLayout<D>;
   constexpr int BN = kHalf, BOXES = D / kBox;
   const int group = threadIdx.x / kGroup, warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
           const Operand tile = row_operand(box_of_tile());
 #pragma unroll
           for (int k = 0; k < kBox; k += 16)
-            ptx::wgmma_shared<T, BN>(s, tile.at(k * 2), panel.at(box * (kHalf / kBox) * kBoxBytes + k * 2), box + k > 0);
+            ptx::wgmma_shared<T, BN>(s, tile.at(k * 2), panel.at(box * (kHalf / kBox) * kBoxBytes + k * 2),
+                                     box + k > 0);
           tiles.next();
         }
         ptx::wgmma_commit();

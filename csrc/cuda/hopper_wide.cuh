@@ -1,6 +1,6 @@
-// For rows too long for one block to own their gradients: tiles of 128 x 256 logits whose operands both pass by, 64 features
-// at a time. A tile becomes sums, or the weights of a strip of rows, which are written and then multiplied by the rows or
-// columns they weigh.
+// For rows too long for one block to own their gradients: tiles of 128 x 256 logits whose operands both pass by, 64
+// features at a time. A tile becomes sums, or the weights of a strip of rows, which are written and then multiplied by
+// the rows or columns they weigh.
 #pragma once
 
 #include "hopper.cuh"
@@ -67,8 +67,8 @@ __device__ __forceinline__ Steps begin_steps() {
   return steps;
 }
 
-// Sums as sums_kernel of sm_80, in two parts for every span of columns, or weights and their sums. A computing warpgroup has
-// half of the columns and all rows of a tile.
+// Sums as sums_kernel of sm_80, in two parts for every span of columns, or weights and their sums. A computing
+// warpgroup has half of the columns and all rows of a tile.
 template <Dtype T, Link L, bool WEIGHTS>
 __global__ void __launch_bounds__(3 * kGroup, 1)
     hopper_wide_kernel(const __grid_constant__ ptx::TensorMap x, const __grid_constant__ ptx::TensorMap y,
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
   }
 }
 
-// out (rows, depth) = or += weights (rows, inner) y (inner, depth), or of the transposed weights, which are (inner, rows) then.
-// A block has 128 rows and 256 features of it, a computing warpgroup half of the rows.
+// out (rows, depth) = or += weights (rows, inner) y (inner, depth), or of the transposed weights, which are (inner,
+// rows) then. A block has 128 rows and 256 features of it, a computing warpgroup half of the rows.
 template <Dtype T, bool TRANSPOSED>
 __global__ void __launch_bounds__(3 * kGroup, 1)
     hopper_product_kernel(const __grid_constant__ ptx::TensorMap weights, const __grid_constant__ ptx::TensorMap y,

@@ -1,5 +1,5 @@
-// The CUDA kernels as functions of plain C++, over addresses of device memory; every call launches one kernel on a stream.
-// fastcl/backends/_cuda.py plans what is launched, csrc/cuda/*.cuh is device code.
+// The CUDA kernels as functions of plain C++, over addresses of device memory; every call launches one kernel on a
+// stream. fastcl/backends/_cuda.py plans what is launched, csrc/cuda/*.cuh is device code.
 #pragma once
 
 #include "../kernels.hpp"
@@ -24,8 +24,8 @@ struct Pairs {
 // One launch of sums: how the matrix is cut into units of row_span x col_span, numbered down the columns.
 struct Sums {
   const float* bounds;
-  // (column spans, M), (row spans, N); one set: both (spans + 1, N), the same. Hopper's kernel leaves two parts where this
-  // says (column) spans.
+  // (column spans, M), (row spans, N); one set: both (spans + 1, N), the same. Hopper's kernels leave two parts where
+  // this says (column) spans.
   float *row_parts, *col_parts;
   int room, row_span, col_span, row_spans, units;
 };

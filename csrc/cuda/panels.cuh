@@ -1,5 +1,5 @@
-// How sums walk the matrix. A unit is a span of rows times a span of columns. A panel of columns stays, tiles of rows pass
-// by. One set visits the units and tiles of its upper triangle.
+// How sums walk the matrix. A unit is a span of rows times a span of columns. A panel of columns stays, tiles of rows
+// pass by. One set visits the units and tiles of its upper triangle.
 #pragma once
 
 #include "tile.cuh"
@@ -13,8 +13,8 @@ struct Panel {
   int visited;      // rows before this one met an earlier panel of the unit
 };
 
-// Calls visit(Panel) for all panels of SQUARE columns of this block's units. Of one set, tiles end with the SQUARE x SQUARE
-// on the diagonal, whose pairs are seen from both of their sides.
+// Calls visit(Panel) for all panels of SQUARE columns of this block's units. Of one set, tiles end with the SQUARE x
+// SQUARE on the diagonal, whose pairs are seen from both of their sides.
 template <int SQUARE, class Visit>
 __device__ __forceinline__ void each_panel(const Pairs& p, const Sums& plan, Visit visit) {
   for (int index = blockIdx.x; index < plan.units; index += gridDim.x) {

@@ -101,7 +101,7 @@ __device__ __forceinline__ float reciprocal(float v) {
   return r;
 }
 
-// ---- Hopper ----------------------------------------------------------------------------------------------------------
+// ---- Hopper ---------------------------------------------------------------------------------------------------------
 
 using TensorMap = CUtensorMap;
 
@@ -132,11 +132,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// Begins to copy the box of 64 rows and 64 features at (row, feature), zeros outside, as 8 KiB of rows of 128 bytes whose
-// 16-byte pieces are permuted (the 128-byte swizzle). Tells the barrier when it has landed.
+// Begins to copy the box of 64 rows and 64 features at (row, feature), zeros outside, as 8 KiB of rows of 128 bytes
+// whose 16-byte pieces are permuted (the 128-byte swizzle). Tells the barrier when it has landed.
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int feature, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
       "l"(&from), "r"(barrier), "r"(feature), "r"(row)
       : "memory");
 }
@@ -187,21 +188,22 @@ __device__ __forceinline__ uint32_t renewed(uint32_t v) {
 }
 
 #define FASTCL_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define FASTCL_D32 FASTCL_D(0), FASTCL_D(1), FASTCL_D(2), FASTCL_D(3), FASTCL_D(4), FASTCL_D(5), FASTCL_D(6), FASTCL_D(7)
-#define FASTCL_D64                                                                                                   \
+#define FASTCL_D32 \
+  FASTCL_D(0), FASTCL_D(1), FASTCL_D(2), FASTCL_D(3), FASTCL_D(4), FASTCL_D(5), FASTCL_D(6), FASTCL_D(7)
+#define FASTCL_D64                                                                                            \
   FASTCL_D32, FASTCL_D(8), FASTCL_D(9), FASTCL_D(10), FASTCL_D(11), FASTCL_D(12), FASTCL_D(13), FASTCL_D(14), \
       FASTCL_D(15)
-#define FASTCL_R32                                                                                               \
+#define FASTCL_R32                                                                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTCL_R64                                                                                            \
-  FASTCL_R32                                                                                                  \
+#define FASTCL_R64                                                                                              \
+  FASTCL_R32                                                                                                    \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTCL_WGMMA(N, type) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type "." type " "
 
-// d (64 x N, fp32) = or += a b. Of an operand, a (64 x 16) or b (N x 16), the 16 numbers of a row lie side by side, or those
-// of a column do.
+// d (64 x N, fp32) = or += a b. Of an operand, a (64 x 16) or b (N x 16), the 16 numbers of a row lie side by side, or
+// those of a column do.
 #define FASTCL_SHARED(N, type, registers, outputs, a_at, b_at, add_at, a_columns, b_columns)                   \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, " a_at \
                ", " b_at ", p, 1, 1, " a_columns ", " b_columns "; }"                                          \
@@ -220,9 +222,9 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[N / 8][4], uint64_t a, u
 
 // The same with a in registers, as mma.m16n8k16 has it, and b (16 x N), whose N numbers of a row lie side by side.
 #define FASTCL_REGISTERS(N, type, registers, outputs, a_at, b_at, add_at)                                          \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, {" a_at \
-               "}, " b_at ", p, 1, 1, 1; }"                                                                         \
-               : outputs                                                                                            \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, {" a_at    \
+               "}, " b_at ", p, 1, 1, 1; }"                                                                        \
+               : outputs                                                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
 #define FASTCL_A32 "%32, %33, %34, %35"
 #define FASTCL_A64 "%64, %65, %66, %67"

@@ -25,12 +25,13 @@ struct Balance {
 };
 
 // Where a pair counts for its row and for its column, one exponential serves both: with E = 2^(s - middle),
-// w = E (g_i 2^(middle - lse_i) + h_j 2^(middle - lse_j)). No kept logit is above its log-sum-exp. Every block finds the
-// same: it reads little beside its tiles, and saves a launch. `shared` holds a number of each warp.
+// w = E (g_i 2^(middle - lse_i) + h_j 2^(middle - lse_j)). No kept logit is above its log-sum-exp. Every block finds
+// the same: it reads little beside its tiles, and saves a launch. `shared` holds a number of each warp.
 template <Dtype T, Link L, int THREADS = kThreads>
 __device__ __forceinline__ Balance balance_of(const Sides& sides, const Pairs& p, float* shared) {
-  constexpr float kSpread = 100.0f;     // in base 2, over which those factors stay in range
-  constexpr float kFp16Room = 16384.f;  // weights are about 1 / n^2, below what fp16 holds: the largest is made this large
+  constexpr float kSpread = 100.0f;  // in base 2, over which those factors stay in range
+  // Weights are about 1 / n^2, below what fp16 holds: the largest is made this large.
+  constexpr float kFp16Room = 16384.f;
   Balance balance{0.0f, false, 1.0f};
   const int different = p.symmetric ? 1 : 2;
   if (L == Link::exp && sides.row.grad && sides.col.grad) {

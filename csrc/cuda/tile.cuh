@@ -1,6 +1,6 @@
-// What becomes of a tile of inner products in registers. mma.sync and wgmma leave a warp its 16 rows and BN columns in the
-// same places: s[b][2 h + e] belongs to row lane / 4 + 8 h and column 8 b + 2 (lane % 4) + e. So the kernels of sm_80 and
-// of Hopper share what follows. `row` and `col` are those of a thread's first number.
+// What becomes of a tile of inner products in registers. mma.sync and wgmma leave a warp its 16 rows and BN columns in
+// the same places: s[b][2 h + e] belongs to row lane / 4 + 8 h and column 8 b + 2 (lane % 4) + e. So the kernels of
+// sm_80 and of Hopper share what follows. `row` and `col` are those of a thread's first number.
 #pragma once
 
 #include "sides.cuh"
@@ -25,8 +25,8 @@ __device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, i
   return p.row_bias && ptx::bound(row < p.m) ? p.row_bias[row] * to.unit : 0.0f;
 }
 
-// 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number, which
-// becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
+// 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number,
+// which becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
 __device__ __forceinline__ float exp2_by_polynomial(float v) {
   constexpr float kWhole = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it has no fraction; and an exponent's bias
   v = v < -126.0f ? -126.0f : v;                  // a NaN stays
@@ -38,8 +38,8 @@ __device__ __forceinline__ float exp2_by_polynomial(float v) {
   return power * __int_as_float(__float_as_int(whole) << 23);
 }
 
-// 2^v for the number at `index` of a tile. Where exponentials would keep the matrix units waiting, one in SHARE is taken
-// off the special function units; 0: none.
+// 2^v for the number at `index` of a tile. Where exponentials would keep the matrix units waiting, one in SHARE is
+// taken off the special function units; 0: none.
 template <int SHARE>
 __device__ __forceinline__ float exponential(float v, int index) {
   if constexpr (SHARE > 0)
@@ -49,8 +49,8 @@ __device__ __forceinline__ float exponential(float v, int index) {
 
 // Adds a tile to the sums of its rows, for this thread's columns, and of its columns, for this thread's rows.
 template <Link L, int BN, int SHARE>
-__device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const float (&s)[BN / 8][4], int row, int col,
-                                         float shift, bool masked, bool for_cols, float (&row_total)[2],
+__device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const float (&s)[BN / 8][4], int row,
+                                         int col, float shift, bool masked, bool for_cols, float (&row_total)[2],
                                          float (&col_total)[BN / 8][2]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void across_rows(const float (&col_total)[BN / 8][2],
   }
 }
 
-// ---- gradients -------------------------------------------------------------------------------------------------------
+// ---- gradients ------------------------------------------------------------------------------------------------------
 
 // Writes what the weights of a column need: factors[0] its gradient or scaled gradient, factors[BN] its log-sum-exp.
 template <Link L, int BN>
@@ -137,8 +137,8 @@ struct RowFactors {
   }
 };
 
-// Turns inner products into weights, in place. `factors` are those of this thread's first column. Results of rows, where
-// they are wanted, are added to `total`.
+// Turns inner products into weights, in place. `factors` are those of this thread's first column. Results of rows,
+// where they are wanted, are added to `total`.
 template <Link L, int BN, int SHARE>
 __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& to, const Balance& balance,
                                            const RowFactors<L>& rows, const float* factors, float (&w)[BN / 8][4],

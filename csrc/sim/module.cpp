@@ -27,6 +27,7 @@ PYBIND11_MODULE(_simulated, module) {
   });
   module.def("seed", [](unsigned seed) { sim::seed = seed; });
   // Until they are freed, touching these bytes is an error, where the simulator was built with AddressSanitizer.
-  module.def("forbid", [](fastcl::cuda::Address begin, size_t bytes) { sim::forbid(reinterpret_cast<void*>(begin), bytes); });
+  module.def("forbid",
+             [](fastcl::cuda::Address begin, size_t bytes) { sim::forbid(reinterpret_cast<void*>(begin), bytes); });
   module.attr("sanitized") = sim::kSanitized;
 }

@@ -1,5 +1,5 @@
-// What the wrappers of cuda/ptx.cuh do, on the simulator. The layouts of fragments are those of the PTX ISA, sections on
-// ldmatrix and mma.m16n8k16.
+// What the wrappers of cuda/ptx.cuh do, on the simulator. The layouts of fragments are those of the PTX ISA, sections
+// on ldmatrix and mma.m16n8k16.
 #pragma once
 
 #include "simulator.hpp"
@@ -103,7 +103,7 @@ inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? 0.0f : v; }
 inline float exp2(float v) { return flushed(std::exp2(flushed(v))); }
 inline float reciprocal(float v) { return flushed(1.0f / flushed(v)); }
 
-// ---- Hopper ----------------------------------------------------------------------------------------------------------
+// ---- Hopper ---------------------------------------------------------------------------------------------------------
 
 // A matrix as the copy engine sees it; always boxes of 64 x 64 and the 128-byte swizzle.
 struct TensorMap {
@@ -136,7 +136,8 @@ inline void arrive(sim::Barrier& b) {
 
 inline void named(const char* what, int id, int threads, bool wait) {
   sim::Group& group = sim::block->named[id];
-  if (group.arrived && int(group.size) != threads) sim::fail(std::string(what) + ": threads disagree on how many they are");
+  if (group.arrived && int(group.size) != threads)
+    sim::fail(std::string(what) + ": threads disagree on how many they are");
   group.size = threads;
   if (++group.arrived == group.size) {
     group.arrived = 0;
@@ -165,7 +166,8 @@ void read_eight(uint32_t address, float* to, int stride) {
 // What a descriptor of shared memory says, of which only the 128-byte swizzle is modelled.
 struct Operand {
   uint32_t start, leading, stride;
-  explicit Operand(uint64_t d) : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+  explicit Operand(uint64_t d)
+      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
     if (d >> 49 != uint64_t(1) << 13) sim::fail("wgmma: only the 128-byte swizzle without an offset is modelled");
   }
   // ROWS x 16 numbers from row `first` on, of which the 16 of a row lie side by side.
@@ -191,8 +193,8 @@ struct Product {
   bool add;
 };
 
-// A warp's 16 rows of a product. Nothing makes it wait for the other three. `fill_a(products, first row, a)` and `fill_b(b)`
-// read the operands when the product is done.
+// A warp's 16 rows of a product. Nothing makes it wait for the other three. `fill_a(products, first row, a)` and
+// `fill_b(b)` read the operands when the product is done.
 template <int N, class FillA, class FillB>
 void begin_product(const Product& product, float (&d)[N / 8][4], FillA fill_a, FillB fill_b) {
   sim::collect_warp("wgmma", &product, &d, [=](sim::Group& g) {
@@ -203,7 +205,8 @@ void begin_product(const Product& product, float (&d)[N / 8][4], FillA fill_a, F
     auto& operands = warp_group().operands;
     if (own.begun == operands.size()) operands.push_back({product.a, product.b, product.add});
     for (const Product& p : products)
-      if (operands[own.begun] != std::array<uint64_t, 3>{p.a, p.b, p.add}) sim::fail("wgmma: threads disagree on operands");
+      if (operands[own.begun] != std::array<uint64_t, 3>{p.a, p.b, p.add})
+        sim::fail("wgmma: threads disagree on operands");
     ++own.begun;
     const std::vector<void*> results = g.result;
     const auto multiply = [=, add = product.add, first = int(sim::thread->warp % 4 * 16)] {
@@ -216,7 +219,7 @@ void begin_product(const Product& product, float (&d)[N / 8][4], FillA fill_a, F
             const float *row = a[lane / 4 + i / 2 * 8], *col = b[j * 8 + lane % 4 * 2 + i % 2];
             float sum = 0.0f;
             for (int k = 0; k < 16; k++) sum += row[k] * col[k];
-            float& to = static_cast<float(*)[4]>(results[lane])[j][i];
+            float& to = static_cast<float (*)[4]>(results[lane])[j][i];
             to = (add ? to : 0.0f) + sum;
           }
     };
@@ -272,7 +275,8 @@ inline void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int f
     b.bytes -= 64 * 128;
     detail::end_phase_if_complete(b);
   };
-  if (reinterpret_cast<uintptr_t>(from.base) % 16 || from.pitch % 8) sim::fail("a tensor map is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(from.base) % 16 || from.pitch % 8)
+    sim::fail("a tensor map is not aligned to 16 bytes");
   if (!detail::barrier_at(barrier).published) sim::fail("a copy is to tell a barrier that is not published");
   if (sim::copies_land_at_once())
     land();
@@ -349,9 +353,8 @@ void wgmma_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   const auto fill_a = [=](const Products&, int first, float (*to)[16]) {
     COLUMNS_A ? rows.columns<T, 16>(first, to) : rows.rows<T, 16>(first, to);
   };
-  detail::begin_product<N>({nullptr, a, b, add}, d, fill_a, [=](float (*to)[16]) {
-    COLUMNS_B ? cols.columns<T, N>(0, to) : cols.rows<T, N>(0, to);
-  });
+  detail::begin_product<N>({nullptr, a, b, add}, d, fill_a,
+                           [=](float (*to)[16]) { COLUMNS_B ? cols.columns<T, N>(0, to) : cols.rows<T, N>(0, to); });
 }
 
 template <Dtype T, int N>

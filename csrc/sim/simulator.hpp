@@ -1,17 +1,17 @@
 // Runs CUDA C++ kernels on a CPU, from their own source, so that they can be tested without a GPU. Not a fast path.
 //
 // Every CUDA thread is a fiber; blocks run one after the other. What threads do together (barriers, shuffles, matrix
-// instructions) gathers the arguments of all who take part; the last to arrive computes for all. The memory model is made
-// hostile on purpose, by a seed:
+// instructions) gathers the arguments of all who take part; the last to arrive computes for all. The memory model is
+// made hostile on purpose, by a seed:
 //   * warps run in a random order, each alone as far as it gets, so that a missing barrier is a wrong result;
-//   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or as late as they may: when they
-//     are waited for, those of the copy engine when nothing else can go on (which shows a missing wait); asynchronous
-//     matrix products read their operands and write their results at once, or when they are waited for;
+//   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or as late as they may: when
+//     they are waited for, those of the copy engine when nothing else can go on (which shows a missing wait); matrix
+//     products of warpgroups read their operands and write their results at once, or when they are waited for;
 //   * shared memory is NaN before every block, and an address outside it is an error;
-//   * collectives that diverge, wait for ever, or are given misaligned addresses are errors; so are barriers that are used
-//     before they are made, and that are told of too many arrivals or bytes.
-// Every barrier, wait, shuffle and mask is known by its place in the source, and can be left out at run time: tests leave
-// out one after the other, and each must be missed.
+//   * collectives that diverge, wait for ever, or are given misaligned addresses are errors; so are barriers that are
+//     used before they are made, and that are told of too many arrivals or bytes.
+// Every barrier, wait, shuffle and mask is known by its place in the source, and can be left out at run time: tests
+// leave out one after the other, and each must be missed.
 //
 // It is not a model of time, of caches or of bank conflicts, and races within one warp between two collectives are seen
 // only in the order of lanes.
@@ -55,7 +55,7 @@ struct dim3 {
 
 namespace sim {
 
-// ---- fibers ----------------------------------------------------------------------------------------------------------
+// ---- fibers ---------------------------------------------------------------------------------------------------------
 
 constexpr size_t kStack = 128 * 1024;
 
@@ -100,7 +100,7 @@ struct Fiber {
 };
 #endif
 
-// ---- threads and blocks ----------------------------------------------------------------------------------------------
+// ---- threads and blocks ---------------------------------------------------------------------------------------------
 
 // A 16-byte copy of cp.async that has not landed. `group`: how many groups its thread had committed before.
 struct Copy {
@@ -175,12 +175,12 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 inline thread_local Thread* thread = nullptr;
-// Bit 0: copies land at once, or late; bit 1: products of warpgroups likewise. 0: warps in turn, else in a random order.
+// Bit 0: copies land at once, or late; bit 1: products of warpgroups likewise. 0: warps in turn; else by chance.
 inline thread_local unsigned seed = 0;
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("simulator: " + what); }
 
-// ---- places in the source --------------------------------------------------------------------------------------------
+// ---- places in the source -------------------------------------------------------------------------------------------
 
 using Here = std::source_location;
 inline std::map<std::pair<std::string, unsigned>, std::string> places;  // (file, line and column) -> "what file:line"
@@ -205,7 +205,7 @@ inline bool wanted(const char* what, const Here& here) {
   return a.wanted;
 }
 
-// ---- AddressSanitizer ------------------------------------------------------------------------------------------------
+// ---- AddressSanitizer -----------------------------------------------------------------------------------------------
 
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kSanitized = true;
@@ -235,7 +235,8 @@ inline bool copies_land_at_once() { return seed & 1; }
 inline bool products_are_done_at_once() { return seed & 2; }
 
 inline unsigned char* shared_memory() {
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 1023) & ~uintptr_t(1023));
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 1023) &
+                                          ~uintptr_t(1023));
 }
 
 // Where `bytes` at a shared address lie; the address is an offset, as in PTX.
@@ -318,7 +319,7 @@ inline void land(const Copy& copy) {
     std::memset(copy.to, 0, 16);
 }
 
-// ---- the scheduler ---------------------------------------------------------------------------------------------------
+// ---- the scheduler --------------------------------------------------------------------------------------------------
 
 inline bool step(Thread& t) {
   if (t.done || (t.asleep_on && *t.asleep_on == t.asleep_at)) return false;
@@ -338,7 +339,8 @@ inline void run_block(uint64_t random) {
     t.fiber.start(t.stack, run_thread);
   }
   std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
-  const int registers = std::min(65536 / int(block->threads) / 8 * 8, 255);  // each thread's, where there is a limit of one block
+  // Of each thread, where no second block has to fit.
+  const int registers = std::min(65536 / int(block->threads) / 8 * 8, 255);
   block->products.assign(block->warps.size(), Products{});
   block->warp_groups.assign(block->threads / 128, WarpGroup{});
   for (WarpGroup& group : block->warp_groups) group.registers = registers;
@@ -373,7 +375,8 @@ inline void run_block(uint64_t random) {
       continue;
     }
     for (Thread& t : block->all)
-      if (!t.done) fail("threads wait for ever in " + (block->cta.arrived ? block->cta.what : "a warp or for a barrier"));
+      if (!t.done)
+        fail("threads wait for ever in " + (block->cta.arrived ? block->cta.what : "a warp or for a barrier"));
     for (const Products& products : block->products)
       if (!products.open.empty() || !products.committed.empty())
         fail("a block ended with products that nothing waited for");
@@ -417,7 +420,7 @@ inline dim3 thread_index() { return {thread->index, 0, 0}; }
 
 }  // namespace sim
 
-// ---- CUDA's own names ------------------------------------------------------------------------------------------------
+// ---- CUDA's own names -----------------------------------------------------------------------------------------------
 
 #define threadIdx (sim::thread_index())
 #define blockIdx (sim::block->index)
