@@ -220,6 +220,7 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
         ("pair_logsumexp, every mask, odd sizes", False, everything(lse, ODD_ROWS, ODD_DIM, False)),
         ("pair_logsumexp, every mask, one set", True, everything(lse, ROWS, DIM, True)),
         ("pair_softplus_sum, every mask", True, everything(softplus, ROWS, DIM, False)),
+        *((f"pair_softplus_sum, every mask, D = {d}", True, everything(softplus, ROWS, d, False)) for d in (64, 256)),
     ]
 
 
