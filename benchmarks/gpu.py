@@ -203,10 +203,12 @@ def _noting_launches() -> Iterator[set[str]]:
         launch(kernel, *args, **constants)
         names.add(kernel.__name__)
 
-    def noting_cuda(call: Any, kernel: Any, blocks: int, *args: Any) -> None:
+    def noting_cuda(call: Any, kernel: str, blocks: int, *args: Any) -> None:
         cuda_launch(call, kernel, blocks, *args)
-        family = "hopper_" if kernel.__module__.endswith(".hopper") else ""
-        names.update([sources[family + kernel.__name__]] if blocks else [])
+        wide = "wide_" if kernel == "sums" and call.depth > call.kernels.deepest else ""
+        own = f"hopper_{wide}{kernel}"
+        if blocks:
+            names.add(sources[own if _cuda.family(call.device) == "hopper" and own in sources else kernel])
 
     triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign]
     try:

@@ -20,7 +20,7 @@ def main() -> None:
             for topk in (1, 5, 300):
                 pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
         _frozen("triton", rows)
-        for d in (40, 128, 200):
+        for d in (40, 128, 200, 520):
             rows = torch.randn(37, d, device="cuda", dtype=dtype)
             if reason := why_not("native", "reduce", rows):
                 print(f"native, {dtype}, D = {d}: not run ({reason})")

@@ -32,10 +32,15 @@ each_backend = pytest.mark.parametrize("backend", list(DTYPE), indirect=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Triton, unless a test asks for another, or for each."""
     name = getattr(request, "param", "triton")
-    if name == "native" and (reason := _cuda.unsupported("reduce", rows(8, 64, torch.bfloat16))):
-        pytest.skip(f"native {reason}")
+    if name == "native":
+        skip_what_native_cannot(64, torch.bfloat16)
     with fastcl.use_backend(name):
         yield name
+
+
+def skip_what_native_cannot(d: int, dtype: torch.dtype) -> None:
+    if reason := _cuda.unsupported("reduce", rows(8, d, dtype)):
+        pytest.skip(f"native {reason}")
 
 
 def rows(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -59,8 +64,9 @@ def test_every_loss_against_fp64(case: LossCase, dtype: torch.dtype, shape: tupl
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join([c.name, *c.row_arguments]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [40, 64, 128, 200, 256])
+@pytest.mark.parametrize("d", [40, 64, 128, 200, 256, 520])
 def test_every_loss_on_cuda_kernels(case: LossCase, dtype: torch.dtype, d: int) -> None:
+    skip_what_native_cannot(d, dtype)
     args, kwargs = case.inputs(301, d, dtype=dtype, device=DEVICE)
     check_case(case, args, kwargs)
 
@@ -68,8 +74,9 @@ def test_every_loss_on_cuda_kernels(case: LossCase, dtype: torch.dtype, d: int) 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("function", [pairwise.pair_logsumexp, pairwise.pair_softplus_sum])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [40, 64, 128, 200, 256])
+@pytest.mark.parametrize("d", [40, 64, 128, 200, 256, 520])
 def test_every_mask_and_bias_on_cuda_kernels(function: Callable[..., Any], dtype: torch.dtype, d: int) -> None:
+    skip_what_native_cannot(d, dtype)
     m, n = 301, 523
     x, y = rows(m, d, dtype), rows(n, d, dtype, seed=1)
     row_bias, col_bias = torch.linspace(-1, 1, m, device=DEVICE), torch.linspace(2, 0, n, device=DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,19 +29,24 @@ def test_every_contender_is_measured_and_ours_are_checked(monkeypatch: pytest.Mo
     assert "_grad_kernel" in rows["fastcl triton"]["checked_kernels"]
 
 
-def test_launches_are_noted_by_the_names_of_the_ledger() -> None:
-    def kernel(name: str, family: str) -> Callable[..., None]:
-        def launch(*_: int) -> None: ...
+def test_launches_are_noted_by_the_names_of_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: int) -> None: ...
 
-        launch.__name__, launch.__module__ = name, f"fastcl._C.cuda.{family}"
-        return launch
+    products = SimpleNamespace(sums=launch, grad=launch, weights=launch, product=launch)
+    kernels = SimpleNamespace(finish=launch, deepest=256)
 
-    call: Any = SimpleNamespace(device=torch.device("cpu"))
-    with gpu._noting_launches() as names:
-        _cuda._Call.launch(call, kernel("sums", "ampere"), 1)
-        _cuda._Call.launch(call, kernel("sums", "hopper"), 1)
-        _cuda._Call.launch(call, kernel("grad", "hopper"), 0)
-    assert names == {"csrc/cuda/sums.cu", "csrc/cuda/hopper_sums.cu"}
+    def launches(family: str, depth: int, *launched: str) -> set[str]:
+        monkeypatch.setattr(_cuda, "family", lambda device: family)
+        call: Any = SimpleNamespace(device=torch.device("cpu"), products=products, kernels=kernels, depth=depth)
+        with gpu._noting_launches() as names:
+            for kernel in launched:
+                _cuda._Call.launch(call, kernel, 1)
+            _cuda._Call.launch(call, "grad", 0)
+        return {name.removeprefix("csrc/cuda/") for name in names}
+
+    assert launches("ampere", 64, "sums", "finish") == {"sums.cu", "vectors.cu"}
+    assert launches("hopper", 64, "sums", "grad", "finish") == {"hopper_sums.cu", "hopper_grad.cu", "vectors.cu"}
+    assert launches("hopper", 512, "sums", "weights", "product") == {"hopper_wide.cu"}
 
 
 def test_a_backend_is_verified_by_its_own_rows() -> None:
