@@ -362,9 +362,14 @@ def _loop(code: str) -> dict[str, int]:
         some = [loop for loop in loops if count(pattern, loop)]
         if some:
             break
-    inner = [(a, b) for a, b in some if not any((c, d) != (a, b) and a <= c and d <= b for c, d in some)]
+
+    def innermost(among: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in some if not any((c, d) != (a, b) and a <= c and d <= b for c, d in among)]
+
+    # A wait that tries again may be a loop inside, or a jump back from far behind, which looks like a long loop.
     busy = "|".join(LOOP.values())
-    begin, end = max(inner, key=lambda loop: (count(busy, loop), loop[1] - loop[0]), default=(0, 0))
+    inner = innermost(loops) or innermost(some)
+    begin, end = max(inner, key=lambda loop: (count(busy, loop), loop[0] - loop[1]), default=(0, 0))
     body = listing[begin:end]
     return {"all": len(body), **{kind: n for kind, name in LOOP.items() if (n := _count(name, body))}} if body else {}
 
