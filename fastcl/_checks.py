@@ -76,17 +76,26 @@ def same_rows(**tensors: Tensor) -> None:
             )
 
 
-def stacked(z: Tensor) -> None:
-    """``z`` holds two views of each image: an even number of rows."""
+def stacked(z: Tensor, views: int = 2) -> None:
+    """``z`` holds several views of each image: a multiple of so many rows."""
     rows(z=z)
-    if z.shape[0] % 2:
+    if isinstance(views, bool) or not isinstance(views, int) or views < 2:
+        raise ValueError(sentence(f"views = {views!r}", "an integer of at least 2", "Make two views of every image."))
+    if z.shape[0] % views:
         raise ValueError(
             sentence(
                 f"z of shape {tuple(z.shape)}",
-                "an even number of rows: view 0 of every image, then view 1 of every image",
+                f"{'an even number' if views == 2 else f'a multiple of {views}'} of rows: view 0 of every image, then "
+                "view 1 of every image",
                 "Stack the views with torch.cat([view0, view1]).",
             )
         )
+
+
+def labelled(z: Tensor, labels: Tensor) -> None:
+    """Rows and one integer label for each."""
+    rows(z=z)
+    vector("labels", labels, z.shape[0], z, integer=True)
 
 
 def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = False) -> None:
@@ -109,6 +118,17 @@ def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = F
         raise ValueError(
             sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", f"Call {name}.to(...).")
         )
+
+
+def matrix(name: str, t: Tensor, length: int, like: Tensor) -> None:
+    """``t`` is a row of integers per row: ``(length, any)``, on the device of ``like``."""
+    if not isinstance(t, Tensor):
+        got = f"{name} of type {type(t).__name__}"
+        raise TypeError(sentence(got, "a torch.Tensor of integers", "Convert it first."))
+    if t.ndim != 2 or t.shape[0] != length:
+        got, expected = f"{name} of shape {tuple(t.shape)}", f"shape ({length}, any): a row of integers per row"
+        raise ValueError(sentence(got, expected, "Match it to the rows."))
+    vector(name, t.new_empty(length), length, like, integer=True)
 
 
 def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:

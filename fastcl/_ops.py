@@ -5,6 +5,7 @@
     s_ij = scale * <x_i, y_j> + row_bias_i + col_bias_j
     a pair (i, j) is kept where   drop_x_i != drop_y_j   and   only_x_i == only_y_j
                                   and   not s_ij > row_ceiling_i   and   not s_ij > col_ceiling_j
+                                  and   not <guide_x_i, guide_y_j> > row_limit_i, nor > col_limit_j
 
     link        pair_reduce: row_i (M,)      weight w_ij of pair_grad
     exp         log sum_j e^s_ij             row_grad_i e^(s_ij - row_lse_i) + col_grad_j e^(s_ij - col_lse_j)
@@ -37,6 +38,7 @@ and the row and column sides of pair_grad are equal. ``backend`` is a name or "a
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ from .backends import Pairs, Sides, chunked, select
 
 _PAIRS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? drop_x, Tensor? drop_y, "
-    "Tensor? only_x, Tensor? only_y, Tensor? row_ceiling, Tensor? col_ceiling, bool symmetric"
+    "Tensor? only_x, Tensor? only_y, Tensor? row_ceiling, Tensor? col_ceiling, "
+    "Tensor? guide_x, Tensor? guide_y, Tensor? row_limit, Tensor? col_limit, bool symmetric"
 )
 _SIDES = "Tensor? row_lse, Tensor? row_grad, Tensor? col_lse, Tensor? col_grad"
 _WANT = "bool want_dx, bool want_dy, bool want_sums"
@@ -80,7 +83,7 @@ torch.library.define("fastcl::l2_normalize_grad", "(Tensor x, Tensor length, Ten
 @torch.library.impl("fastcl::pair_reduce", "CompositeExplicitAutograd")
 def _reduce(link: str, *args: Any) -> tuple[Tensor, Tensor]:
     pairs, (both, keep, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    return select("reduce", pairs.x, backend).reduce(link, pairs, both, keep)
+    return _kernels("reduce", pairs, backend).reduce(link, pairs, both, keep)
 
 
 @torch.library.impl("fastcl::pair_grad", "CompositeExplicitAutograd")
@@ -88,13 +91,13 @@ def _grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs, (row_lse, row_grad, col_lse, col_grad) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS : _N_PAIRS + _N_SIDES]
     sides = Sides(_empty_to_inf(row_lse), row_grad, _empty_to_inf(col_lse), col_grad)
     *want, backend = args[_N_PAIRS + _N_SIDES :]
-    return select("grad", pairs.x, backend).grad(link, pairs, sides, *want)
+    return _kernels("grad", pairs, backend).grad(link, pairs, sides, *want)
 
 
 @torch.library.impl("fastcl::pair_reduce_grad", "CompositeExplicitAutograd")
 def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs, (*want, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    kernels = select("grad", pairs.x, backend)
+    kernels = _kernels("grad", pairs, backend)
     if hasattr(kernels, "reduce_grad") and (done := kernels.reduce_grad(link, pairs, *want)) is not None:
         return done
     row, _ = kernels.reduce(link, pairs, False, True)
@@ -107,7 +110,7 @@ def _reduce_grad(link: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.library.impl("fastcl::pair_topk", "CompositeExplicitAutograd")
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     pairs, (topk, backend) = Pairs(*args[:_N_PAIRS]), args[_N_PAIRS:]
-    return select("topk", pairs.x, backend).topk(pairs, topk)
+    return _kernels("topk", pairs, backend).topk(pairs, topk)
 
 
 @torch.library.impl("fastcl::contrastive", "CompositeExplicitAutograd")
@@ -146,6 +149,10 @@ def _l2_normalize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 @torch.library.impl("fastcl::l2_normalize_grad", "CompositeExplicitAutograd")
 def _l2_normalize_grad(x: Tensor, length: Tensor, grad: Tensor, backend: str) -> Tensor:
     return getattr(select("normalize", x, backend), "normalize_grad", chunked.normalize_grad)(x, length, grad)
+
+
+def _kernels(op: str, pairs: Pairs, backend: str) -> ModuleType:
+    return select(op if pairs.guide_x is None else "guided", pairs.x, backend)
 
 
 def _empty_to_inf(lse: Tensor | None) -> Tensor | None:

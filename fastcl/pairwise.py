@@ -7,7 +7,8 @@ Every function here looks at the implicit matrix of logits
 and reduces over the pairs that are *kept*. Which pairs those are is said with integers, one per row, so a mask costs
 O(N): ``drop`` forgets pairs whose keys are equal ("not itself": ``drop=torch.arange(N)``), ``only`` forgets pairs whose
 keys differ ("same class": ``only=labels``), ``ceiling`` forgets pairs whose logit is above the row's ("no harder than
-the positive by delta": ``ceiling=positive + delta``).
+the positive by delta": ``ceiling=positive + delta``), and ``guide`` forgets pairs that a second pair of embeddings
+finds more similar than the row's limit ("what a guide model takes for a positive"), whose matrix is not stored either.
 
 Rows may be float16, bfloat16, float32 or float64. Under ``torch.autocast`` the operands are rounded to its dtype;
 logits, sums and gradients are fp32 (fp64 for fp64 rows) in any case. Gradients have the dtype of their input.
@@ -15,7 +16,7 @@ logits, sums and gradients are fp32 (fp64 for fp64 rows) in any case. Gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -27,6 +28,9 @@ from ._checks import Scalar, sentence
 from .backends import Pairs, forced
 
 Keys = Tensor | tuple[Tensor, Tensor] | None  # one tensor for both sides, or (row keys, column keys)
+Guide = tuple[Tensor, Tensor, Tensor] | None  # (features of rows, features of columns, limits of rows)
+
+_GATHERED = 2**21  # numbers of gathered rows that live at once
 
 _ONE_DERIVATIVE = (
     "got a second derivative (create_graph=True) through a fused fastcl loss; expected one backward pass. "
@@ -48,6 +52,7 @@ def pair_logsumexp(
     drop: Keys = None,
     only: Keys = None,
     ceiling: Tensor | None = None,
+    guide: Guide = None,
     both: bool = False,
 ) -> Any:
     r"""Log-sum-exp of the kept logits of every row.
@@ -63,6 +68,8 @@ def pair_logsumexp(
         drop: integer keys; pairs with equal keys are forgotten.
         only: integer keys; pairs with different keys are forgotten.
         ceiling: ``(M,)`` logits; pairs above their row's are forgotten. It receives no gradient.
+        guide: ``(M, G)``, ``(N, G)`` and ``(M,)``; pairs whose inner product of such features is above their row's
+            limit are forgotten. They receive no gradient.
         both: also return the log-sum-exp of every column.
 
     Returns:
@@ -77,7 +84,7 @@ def pair_logsumexp(
     Where ``k`` receives no gradient, that of ``q`` is computed in the forward pass: the backward then reads neither
     ``k`` nor anything of size N, and ``k`` may be overwritten before it (a queue of keys may move on).
     """
-    return _reduce("exp", q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
+    return _reduce("exp", q, k, scale, row_bias, col_bias, drop, only, ceiling, guide, both)
 
 
 def pair_softplus_sum(
@@ -90,13 +97,14 @@ def pair_softplus_sum(
     drop: Keys = None,
     only: Keys = None,
     ceiling: Tensor | None = None,
+    guide: Guide = None,
     both: bool = False,
 ) -> Any:
     r"""Sum of the softplus of the kept logits of every row, :math:`\sum_{j \text{ kept}} \log(1 + e^{s_{ij}})`.
 
     Arguments, result and errors are those of :func:`pair_logsumexp`; a row with no kept pair gives 0.
     """
-    return _reduce("softplus", q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
+    return _reduce("softplus", q, k, scale, row_bias, col_bias, drop, only, ceiling, guide, both)
 
 
 def pair_softplus_total(
@@ -108,6 +116,7 @@ def pair_softplus_total(
     drop: Keys = None,
     only: Keys = None,
     ceiling: Tensor | None = None,
+    guide: Guide = None,
 ) -> Tensor:
     r"""Sum of the softplus of all kept logits, :math:`\sum_{ij \text{ kept}} \log(1 + e^{s_{ij}})`.
 
@@ -120,11 +129,11 @@ def pair_softplus_total(
         A scalar; fp32, or fp64 for fp64 rows.
     """
     # Of two sets, even if they are one: then autograd adds both gradients.
-    pairs = _pairs(q, q if k is None else k, scale, row_bias, None, drop, only, ceiling, both=True)
-    dtype = _operand_dtype(pairs.x, pairs.y)
+    pairs = pairs_of(q, q if k is None else k, scale, row_bias, None, drop, only, ceiling, guide, both=True)
+    dtype = operand_dtype(pairs.x, pairs.y)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs):
-        return _apply(_SoftplusTotal, forced(), dtype, *pairs)
-    row, _ = _ops.pair_reduce("softplus", *_rounded(pairs, dtype), False, False, forced())
+        return apply(_SoftplusTotal, forced(), dtype, *pairs)
+    row, _ = _ops.pair_reduce("softplus", *rounded(pairs, dtype), False, False, forced())
     return row.sum()
 
 
@@ -157,13 +166,13 @@ def contrastive(
         _checks.same_rows(q=q, k=k)
     _check_scale(scale)
     y = q if k is None else k
-    dtype = _operand_dtype(q, y)
+    dtype = operand_dtype(q, y)
     if torch.compiler.is_compiling() or y.dtype != q.dtype or not len(q) or dtype == torch.float64:
         return None
     if not _ops.fuses(q, dtype, forced()):
         return None
     scale = _as_tensor(scale, q).to(_compute_dtype(dtype))
-    return _apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)
+    return apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)
 
 
 def merge_logsumexp(*parts: Tensor) -> Tensor:
@@ -187,7 +196,33 @@ def row_dot(q: Tensor, k: Tensor) -> Tensor:
         ``(M,)`` fp32 (fp64), from operands rounded exactly as those of the pair reductions are.
     """
     _checks.same_rows(q=q, k=k)
-    return _apply(_RowDot, q, _distinct(k, q), _operand_dtype(q, k))
+    return apply(_RowDot, q, _distinct(k, q), operand_dtype(q, k))
+
+
+def gathered_dot(q: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Inner products of every row with rows of a table that are chosen for it: negatives that were sampled.
+
+    Args:
+        q: ``(M, D)``.
+        table: ``(T, D)``.
+        index: ``(M, K)`` integers in [0, T).
+
+    Returns:
+        ``(M, K)`` fp32 (fp64), from operands rounded exactly as those of the pair reductions are. Beside it and the
+        gradients no more than a few chunks of gathered rows are stored, forward and backward.
+    """
+    _checks.rows(q=q, table=table)
+    _checks.matrix("index", index, q.shape[0], q)
+    return apply(_GatheredDot, q, _distinct(table, q), index, operand_dtype(q, table))
+
+
+def scale_gradient(x: Tensor, factor: Scalar) -> Tensor:
+    """``x`` itself, whose gradient is multiplied by ``factor``."""
+    still = x.detach()
+    if isinstance(factor, Tensor):
+        factor = factor.detach()
+    # x - still is 0, and carries the gradient; a NaN or an infinity of x stays one
+    return still + ((x - still) * factor).to(x.dtype)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -202,29 +237,33 @@ def l2_normalize(x: Tensor) -> Tensor:
         row, gives a zero row and a zero gradient.
     """
     _checks.rows(x=x)
-    return _apply(_Normalize, x, forced())
+    return apply(_Normalize, x, forced())
 
 
 @torch.no_grad()
-def pair_argmax(
-    q: Tensor, k: Tensor | None = None, *, drop: Keys = None, only: Keys = None, largest: bool = True
-) -> Tensor:
+def pair_argmax(q: Tensor, k: Tensor | None = None, **options: Any) -> Tensor:
     """Index of the most similar (or with ``largest=False`` the least similar) kept column of every row.
 
     Args:
-        q: ``(M, D)``.
-        k: ``(N, D)``; ``q`` itself when omitted.
-        drop, only: keys, as in :func:`pair_logsumexp`.
+        q, k, options: those of :func:`pair_topk`, without ``topk``.
 
     Returns:
         ``(M,)`` int64; the first index among equals, -1 where no pair is kept.
     """
-    return pair_topk(q, k, topk=1, drop=drop, only=only, largest=largest)[1].squeeze(1)
+    return pair_topk(q, k, topk=1, **options)[1].squeeze(1)
 
 
 @torch.no_grad()
 def pair_topk(
-    q: Tensor, k: Tensor | None = None, *, topk: int, drop: Keys = None, only: Keys = None, largest: bool = True
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    topk: int,
+    col_bias: Tensor | None = None,
+    drop: Keys = None,
+    only: Keys = None,
+    ceiling: Tensor | None = None,
+    largest: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The ``topk`` most similar (or least similar) kept columns of every row, best first.
 
@@ -232,18 +271,21 @@ def pair_topk(
         q: ``(M, D)``.
         k: ``(N, D)``; ``q`` itself when omitted.
         topk: how many, at least 1.
+        col_bias: ``(N,)``, added to the similarities; with -|k_j|^2 / 2 the most similar is the nearest.
         drop, only: keys, as in :func:`pair_logsumexp`.
+        ceiling: ``(M,)``; pairs more similar than their row's (with ``largest=False`` less similar) are forgotten.
 
     Returns:
-        Similarities ``<q_i, k_j>``, ``(M, topk)`` fp32 (fp64), and indices, ``(M, topk)`` int64. Where fewer pairs are
-        kept the index is -1 and the similarity -inf (+inf with ``largest=False``). No gradient.
+        Similarities ``<q_i, k_j> + col_bias_j``, ``(M, topk)`` fp32 (fp64), and indices, ``(M, topk)`` int64. Where
+        fewer pairs are kept the index is -1 and the similarity -inf (+inf with ``largest=False``). No gradient.
     """
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise ValueError(sentence(f"topk = {topk!r}", "an integer of at least 1", "Ask for one neighbour or more."))
     sign = 1.0 if largest else -1.0
     _refuse_transforms()
-    pairs = _pairs(q, k, sign, drop=drop, only=only)
-    values, indices = _ops.pair_topk(*_rounded(pairs, _operand_dtype(pairs.x, pairs.y)), topk, forced())
+    col_bias, ceiling = (t if t is None or largest else -t for t in (col_bias, ceiling))
+    pairs = pairs_of(q, k, sign, col_bias=col_bias, drop=drop, only=only, ceiling=ceiling)
+    values, indices = _ops.pair_topk(*rounded(pairs, operand_dtype(pairs.x, pairs.y)), topk, forced())
     return values * sign, indices
 
 
@@ -257,20 +299,21 @@ def _reduce(
     drop: Keys,
     only: Keys,
     ceiling: Tensor | None,
+    guide: Guide,
     both: bool,
 ) -> Any:
-    pairs = _pairs(q, k, scale, row_bias, col_bias, drop, only, ceiling, both)
-    dtype = _operand_dtype(pairs.x, pairs.y)
+    pairs = pairs_of(q, k, scale, row_bias, col_bias, drop, only, ceiling, guide, both)
+    dtype = operand_dtype(pairs.x, pairs.y)
     needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs)
     frozen_k = not (pairs.symmetric or both or pairs.y.requires_grad)
     frozen_k = frozen_k and (pairs.col_bias is None or not pairs.col_bias.requires_grad)
     if needs_grad and frozen_k:
-        return _apply(_ReduceFrozen, link, forced(), dtype, *pairs)
-    row, col = _apply(_Reduce, link, forced(), dtype, both, needs_grad, *pairs)
+        return apply(_ReduceFrozen, link, forced(), dtype, *pairs)
+    row, col = apply(_Reduce, link, forced(), dtype, both, needs_grad, *pairs)
     return (row, col) if both else row
 
 
-def _once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """torch's decorator of that name, in our words, and also where the upstream gradient is a constant."""
 
     @wraps(backward)
@@ -305,7 +348,7 @@ class _Reduce(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pairs = Pairs(*args)
         ctx.dtypes = [None if t is None else t.dtype for t in args[:5]]
-        pairs = _rounded(pairs, dtype)
+        pairs = rounded(pairs, dtype)
         row, col = _ops.pair_reduce(link, *pairs, both, keep, backend)
         ctx.link, ctx.backend, ctx.symmetric, ctx.both = link, backend, pairs.symmetric, both
         ctx.set_materialize_grads(False)
@@ -315,7 +358,7 @@ class _Reduce(torch.autograd.Function):
         return row, col
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, row_grad: Tensor | None, col_grad: Tensor | None) -> tuple[Any, ...]:
         row, col, *saved = ctx.saved_tensors
         pairs = Pairs(*(*saved, ctx.symmetric))
@@ -359,7 +402,7 @@ class _ReduceFrozen(torch.autograd.Function):
     def forward(ctx: Any, link: str, backend: str, dtype: torch.dtype, *args: Any) -> Tensor:
         pairs = Pairs(*args)
         ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
-        pairs = _rounded(pairs, dtype)
+        pairs = rounded(pairs, dtype)
         want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
         row, dq, _, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, False, want_row_bias, backend)
         dscale = (pairs.x * dq).sum(1) if want_scale else None
@@ -367,7 +410,7 @@ class _ReduceFrozen(torch.autograd.Function):
         return row
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dq, dscale, row_sum = ctx.saved_tensors
         q_dtype, _, scale_dtype, bias_dtype = ctx.dtypes
@@ -388,7 +431,7 @@ class _SoftplusTotal(torch.autograd.Function):
     def forward(ctx: Any, backend: str, dtype: torch.dtype, *args: Any) -> Tensor:
         pairs = Pairs(*args)
         ctx.dtypes = [None if t is None else t.dtype for t in args[:4]]
-        pairs = _rounded(pairs, dtype)
+        pairs = rounded(pairs, dtype)
         want_q, want_k, want_scale, want_row_bias = ctx.needs_input_grad[2:6]
         row, dq, dk, row_sum = _ops.pair_reduce_grad(
             "softplus", *pairs, want_q or want_scale, want_k, want_row_bias, backend
@@ -402,7 +445,7 @@ class _SoftplusTotal(torch.autograd.Function):
         return row.sum()
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = (None if t is None else (grad * t).to(d) for t, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return None, None, *grads, *(None,) * (len(Pairs._fields) - 4)
@@ -426,7 +469,7 @@ class _Contrastive(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, scale, *saved = ctx.saved_tensors
         want_q, want_k, want_scale, *_ = ctx.needs_input_grad
@@ -447,13 +490,58 @@ class _RowDot(torch.autograd.Function):
         return (x.to(compute) * y.to(compute)).sum(1)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, y = ctx.saved_tensors
         want_q, want_k, _ = ctx.needs_input_grad
         q_dtype, k_dtype = ctx.dtypes
         g = grad[:, None]
         return (g * y).to(q_dtype) if want_q else None, (g * x).to(k_dtype) if want_k else None, None
+
+
+class _GatheredDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = q.dtype, table.dtype
+        x, y = q.to(dtype), table.to(dtype)
+        ctx.save_for_backward(x, y, index)
+        s = x.new_empty(index.shape, dtype=_compute_dtype(dtype))
+        for rows in _gathered_rows(index, y):
+            s[rows] = (y[index[rows]].to(s.dtype) @ x[rows, :, None].to(s.dtype)).squeeze(2)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, index = ctx.saved_tensors
+        want_q, want_table, *_ = ctx.needs_input_grad
+        dq = x.new_zeros(x.shape, dtype=grad.dtype) if want_q else None
+        dtable = y.new_zeros(y.shape, dtype=grad.dtype) if want_table else None
+        for rows in _gathered_rows(index, y):
+            g = grad[rows]
+            if dq is not None:
+                dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
+            if dtable is not None:
+                terms = (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1)
+                if x.is_cuda:  # of the two, the one that adds in a fixed order there
+                    dtable.index_put_((index[rows].flatten(),), terms, accumulate=True)
+                else:
+                    dtable.index_add_(0, index[rows].flatten(), terms)
+        q_dtype, table_dtype = ctx.dtypes
+        return (
+            None if dq is None else dq.to(q_dtype),
+            None if dtable is None else dtable.to(table_dtype),
+            None,
+            None,
+        )
+
+
+def _gathered_rows(index: Tensor, table: Tensor) -> Iterator[slice]:
+    """Slices of the rows of ``index`` whose gathered rows fit into a chunk."""
+    m, k = index.shape
+    step = max(1, _GATHERED // max(k * table.shape[1], 1))
+    for start in range(0, m, step):
+        yield slice(start, min(start + step, m))
 
 
 class _Normalize(torch.autograd.Function):
@@ -465,13 +553,13 @@ class _Normalize(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, length = ctx.saved_tensors
         return _ops.l2_normalize_grad(x, length, grad, ctx.backend), None
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     _refuse_transforms()
     return function.apply(*args)
 
@@ -481,7 +569,7 @@ def _refuse_transforms() -> None:
         raise RuntimeError(_NO_TRANSFORMS)
 
 
-def _pairs(
+def pairs_of(
     q: Tensor,
     k: Tensor | None,
     scale: Scalar,
@@ -490,6 +578,7 @@ def _pairs(
     drop: Keys = None,
     only: Keys = None,
     ceiling: Tensor | None = None,
+    guide: Guide = None,
     both: bool = False,
 ) -> Pairs:
     """Everything checked, scalars as tensors on the device of the rows."""
@@ -500,6 +589,7 @@ def _pairs(
     _check_scale(scale)
     if ceiling is not None:
         _checks.vector("ceiling", ceiling, q.shape[0], q)
+    guide_x, guide_y, limit = (None, None, None) if guide is None else _guide(guide, q, y)
     drop_x, drop_y = _keys("drop", drop, q, y)
     only_x, only_y = _keys("only", only, q, y)
     equal_biases = row_bias is col_bias or (_is_uniform(row_bias) and _is_uniform(col_bias))
@@ -514,8 +604,37 @@ def _pairs(
         only_x=only_x,
         only_y=only_y,
         row_ceiling=None if ceiling is None else ceiling.detach(),
-        symmetric=(one_set and _is_shared(drop) and _is_shared(only) and ceiling is None and equal_biases and not both),
+        guide_x=guide_x,
+        guide_y=guide_y,
+        row_limit=limit,
+        symmetric=(
+            one_set
+            and _is_shared(drop)
+            and _is_shared(only)
+            and ceiling is None
+            and guide is None
+            and equal_biases
+            and not both
+        ),
     )
+
+
+def _guide(guide: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not (isinstance(guide, tuple) and len(guide) == 3):
+        got = f"guide of {len(guide)} parts" if isinstance(guide, tuple) else f"guide of type {type(guide).__name__}"
+        mend = "Pass guide=(features of rows, features of columns, limit of every row)."
+        raise TypeError(sentence(got, "a tuple of three tensors", mend))
+    of_rows, of_columns, limit = guide
+    named = {"guide (of the rows)": of_rows, "guide (of the columns)": of_columns}
+    _checks.rows(**named)
+    for (name, features), rows in zip(named.items(), (q, k), strict=True):
+        if len(features) != len(rows):
+            got = f"{name} of shape {tuple(features.shape)} for {len(rows)} rows"
+            raise ValueError(sentence(got, "one row of guide features per row", "Guide the same batch."))
+    _checks.vector("guide (limits)", limit, len(q), q)
+    dtype = _compute_dtype(torch.promote_types(of_rows.dtype, of_columns.dtype))
+    of_rows, of_columns = of_rows.detach(), of_columns.detach()
+    return of_rows, _distinct(of_columns, of_rows), limit.detach().to(dtype)
 
 
 def _check_scale(scale: Scalar) -> None:
@@ -563,7 +682,7 @@ def _as_tensor(value: Scalar, rows: Tensor) -> Tensor:
     return torch.full((), value, dtype=_compute_dtype(rows.dtype), device=rows.device)
 
 
-def _rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
+def rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
     """Operands in the dtype of the kernels, the numbers beside them in the dtype of the results."""
     compute = _compute_dtype(dtype)
     x = pairs.x.to(dtype)
@@ -583,11 +702,16 @@ def _rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
         pairs.only_y,
         number(pairs.row_ceiling),
         number(pairs.col_ceiling),
+        pairs.guide_x,
+        pairs.guide_y,
+        pairs.row_limit,
+        pairs.col_limit,
         pairs.symmetric,
     )
 
 
-def _operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
+def operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
+    """In which dtype rows are multiplied: the wider of theirs, or autocast's."""
     dtype = torch.promote_types(q.dtype, k.dtype)
     device = q.device.type
     if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):

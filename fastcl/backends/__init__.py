@@ -16,7 +16,8 @@ and may have more, each of which ``chunked`` or the kernels above replace where 
     contrastive_grad(x, y, scale, grad, saved, want_x, want_y) -> (dx, dy, dots)
 
 ``op`` is one of ``OPS``, or the name of one of these: a module that has one for some rows only says so in
-``unsupported``. To add a backend, add a file here and its name to ``PREFERENCE``.
+``unsupported``. ``"guided"`` asks for the kernels above over pairs that a second similarity forgets (``guide_x``). To
+add a backend, add a file here and its name to ``PREFERENCE``.
 """
 
 from __future__ import annotations
@@ -57,14 +58,24 @@ class Pairs(NamedTuple):
     only_y: Tensor | None = None  # (N,)
     row_ceiling: Tensor | None = None  # (M,): pairs whose logit is above it are forgotten
     col_ceiling: Tensor | None = None  # (N,)
+    guide_x: Tensor | None = None  # (M, G): pairs with <guide_x, guide_y> above a limit are forgotten
+    guide_y: Tensor | None = None  # (N, G)
+    row_limit: Tensor | None = None  # (M,)
+    col_limit: Tensor | None = None  # (N,)
     symmetric: bool = False  # y is x, s_ij = s_ji and both are kept or forgotten together
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """Biases, keys and ceilings, in their order: what every kernel takes."""
+        return self[3:11]
 
     def swapped(self) -> Pairs:
         """The transposed matrix: columns become rows."""
         return Pairs(
             self.y, self.x, self.scale, self.col_bias, self.row_bias,
             self.drop_y, self.drop_x, self.only_y, self.only_x,
-            self.col_ceiling, self.row_ceiling, self.symmetric,
+            self.col_ceiling, self.row_ceiling, self.guide_y, self.guide_x, self.col_limit, self.row_limit,
+            self.symmetric,
         )  # fmt: skip
 
     def sliced(self, rows: slice, cols: slice) -> Pairs:
@@ -74,6 +85,7 @@ class Pairs(NamedTuple):
             self.x[rows], self.y[cols], self.scale, row(self.row_bias), col(self.col_bias),
             row(self.drop_x), col(self.drop_y), row(self.only_x), col(self.only_y),
             row(self.row_ceiling), col(self.col_ceiling),
+            row(self.guide_x), col(self.guide_y), row(self.row_limit), col(self.col_limit),
         )  # fmt: skip
 
 

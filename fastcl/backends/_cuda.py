@@ -46,6 +46,8 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return "has CUDA kernels for compute capability 8.0 and later only"
     if op == "topk":
         return "has no CUDA kernel for neighbours"
+    if op == "guided":
+        return "has no second similarity"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16 rows on a GPU, got {x.dtype}"
     if x.shape[1] % 8 or x.shape[1] == 0:

@@ -95,35 +95,51 @@ def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     return ((grad - unit * (unit * grad).sum(1, keepdim=True)) / length).to(x.dtype)
 
 
+def logits(pairs: Pairs) -> Tensor:
+    """All logits, as one matrix, -inf where a pair is forgotten: for those who want to look. Differentiable."""
+    x, y = _operands(pairs, _compute_dtype(pairs.x))
+    return _logits(x * pairs.scale, y, pairs)
+
+
 def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield ``(rows, cols, s)``: a tile of logits, which the caller may overwrite; a forgotten pair's logit is -inf.
+    """Yield ``(rows, cols, s)``: a tile of logits, which the caller may overwrite."""
+    x, y = _operands(pairs, _compute_dtype(pairs.x))
+    x = x * pairs.scale
+    side = _tile_side(x)
+    for i in range(0, len(x), side):
+        rows = slice(i, min(i + side, len(x)))
+        for j in range(i if pairs.symmetric else 0, len(y), side):
+            cols = slice(j, min(j + side, len(y)))
+            yield rows, cols, _logits(x[rows], y[cols], pairs.sliced(rows, cols))
+
+
+def _logits(x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
+    """Of rows that are scaled already. A forgotten pair's logit is -inf.
 
     -inf is what makes one rule serve everything: e^-inf = softplus(-inf) = sigmoid(-inf) = 0.
     """
-    dtype = _compute_dtype(pairs.x)
-    x, y = _operands(pairs, dtype)
-    x = x * pairs.scale
-    side = _tile_side(x)
     with torch.autocast(x.device.type, enabled=False):
-        for i in range(0, len(x), side):
-            rows = slice(i, min(i + side, len(x)))
-            for j in range(i if pairs.symmetric else 0, len(y), side):
-                cols = slice(j, min(j + side, len(y)))
-                s = x[rows] @ y[cols].T
-                if pairs.row_bias is not None:
-                    s += pairs.row_bias[rows, None]
-                if pairs.col_bias is not None:
-                    s += pairs.col_bias[cols]
-                # "above" is asked, not "at most": a NaN logit is kept, so that it reaches the loss
-                if pairs.row_ceiling is not None:
-                    s.masked_fill_(s > pairs.row_ceiling[rows, None], -torch.inf)
-                if pairs.col_ceiling is not None:
-                    s.masked_fill_(s > pairs.col_ceiling[cols], -torch.inf)
-                if pairs.drop_x is not None and pairs.drop_y is not None:
-                    s.masked_fill_(pairs.drop_x[rows, None] == pairs.drop_y[cols], -torch.inf)
-                if pairs.only_x is not None and pairs.only_y is not None:
-                    s.masked_fill_(pairs.only_x[rows, None] != pairs.only_y[cols], -torch.inf)
-                yield rows, cols, s
+        s = x @ y.T
+        if pairs.row_bias is not None:
+            s += pairs.row_bias[:, None]
+        if pairs.col_bias is not None:
+            s += pairs.col_bias
+        # "above" is asked, not "at most": a NaN logit is kept, so that it reaches the loss
+        if pairs.row_ceiling is not None:
+            s.masked_fill_(s > pairs.row_ceiling[:, None], -torch.inf)
+        if pairs.col_ceiling is not None:
+            s.masked_fill_(s > pairs.col_ceiling, -torch.inf)
+        if pairs.guide_x is not None and pairs.guide_y is not None:
+            guide = pairs.guide_x.to(_compute_dtype(pairs.guide_x)) @ pairs.guide_y.to(_compute_dtype(pairs.guide_y)).T
+            if pairs.row_limit is not None:
+                s.masked_fill_(guide > pairs.row_limit[:, None], -torch.inf)
+            if pairs.col_limit is not None:
+                s.masked_fill_(guide > pairs.col_limit, -torch.inf)
+        if pairs.drop_x is not None and pairs.drop_y is not None:
+            s.masked_fill_(pairs.drop_x[:, None] == pairs.drop_y, -torch.inf)
+        if pairs.only_x is not None and pairs.only_y is not None:
+            s.masked_fill_(pairs.only_x[:, None] != pairs.only_y, -torch.inf)
+    return s
 
 
 def _merge(link: str, total: Tensor, s: Tensor, dim: int) -> Tensor:

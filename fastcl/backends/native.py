@@ -67,6 +67,8 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return _cuda.unsupported(op, x)
     if op == "contrastive":
         return "has no fused contrastive operation on the CPU"
+    if op == "guided":
+        return "has no second similarity"
     if x.dtype not in _DTYPES:
         return f"has no kernels for {x.dtype}"
     return None
@@ -187,7 +189,7 @@ class _Call:
         if x.dtype == torch.float64:
             x, y, engine, self.dtype = x.contiguous(), y.contiguous(), _C.Doubles, torch.float64
         self.operands = (x, x if pairs.symmetric else y)
-        self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs[3:-1])
+        self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs.vectors)
         self.symmetric, self.scale = pairs.symmetric, float(pairs.scale)
         self.engine = engine(
             *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), isa(),

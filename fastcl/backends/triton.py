@@ -86,6 +86,8 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return f"needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"needs float32, float16 or bfloat16 rows, got {x.dtype}"
+    if op == "guided":
+        return "has no second similarity"
     if op in ("normalize", "contrastive") and x.shape[1] > _WIDEST:
         return f"holds a row in one program, which is possible up to {_WIDEST} features, got {x.shape[1]}"
     return None if INTERPRETED else _failed_check(x.device, x.dtype)
@@ -111,7 +113,7 @@ def _reduce(
     loss: Tensor | None = None,
 ) -> None:
     """Writes the results of rows and (unless empty) columns; from the logits of positives, the losses of both."""
-    x, y, scale, *optional, symmetric = pairs
+    x, y, scale, optional, symmetric = *pairs[:3], pairs.vectors, pairs.symmetric
     row, col = out
     (m, d), n, both = x.shape, len(y), len(col) > 0
     cut = _config("sums", x, pairs)
@@ -208,7 +210,7 @@ def reduce_grad(
 
 
 def _one_pass(pairs: Pairs, cut: Config, want_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, y, scale, *optional, _ = pairs
+    x, y, scale, optional = *pairs[:3], pairs.vectors
     (m, d), n = x.shape, len(y)
     _, row_ranges, col_ranges = _bound("exp", pairs, ranges_only=True)
     blocks = triton.cdiv(m, cut.block_m)
@@ -280,7 +282,7 @@ def _row_owned(
     positives: tuple[Tensor | None, Tensor | None],
     parts: bool,
 ) -> _Grads:
-    x, y, scale, *optional, _ = pairs
+    x, y, scale, optional = *pairs[:3], pairs.vectors
     (m, d), n = x.shape, len(y)
     cut = _config("grad", x, pairs)
     slices = triton.cdiv(d, cut.block_d)
@@ -392,7 +394,7 @@ def _strip_weights(
     balance: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes the weights of a strip; parts of the sums of its rows."""
-    x, y, scale, *optional, _ = strip
+    x, y, scale, optional = *strip[:3], strip.vectors
     (m, d), n = x.shape, len(y)
     cut = _config("weights", x)
     blocks, tiles = triton.cdiv(m, cut.block_m), triton.cdiv(n, cut.block_n)
@@ -441,7 +443,7 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
 @_steps_down
 def _topk(pairs: Pairs, count: int, below: Tensor | None) -> Tensor:
     """Ranks of the best ``count`` <= _SLOTS, in order, (M, count)."""
-    x, y, scale, *optional, _ = pairs
+    x, y, scale, optional = *pairs[:3], pairs.vectors
     (m, d), n = x.shape, len(y)
     if n == 0:
         return torch.full((m, count), _LOWEST - 1, device=x.device)
@@ -563,9 +565,9 @@ def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
 
 def _contiguous(pairs: Pairs) -> Pairs:
     x = pairs.x.contiguous()
-    rows = [x, x if pairs.symmetric else pairs.y.contiguous(), pairs.scale]
-    vectors = [t if t is None else t.contiguous() for t in pairs[3:-1]]
-    return Pairs._make([*rows, *vectors, pairs.symmetric])
+    y = x if pairs.symmetric else pairs.y.contiguous()
+    vectors = (t if t is None else t.contiguous() for t in pairs.vectors)
+    return Pairs(x, y, pairs.scale, *vectors)._replace(symmetric=pairs.symmetric)
 
 
 def _of(t: Tensor | None, part: slice, size: int = 1) -> Tensor | None:

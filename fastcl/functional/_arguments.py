@@ -1,0 +1,66 @@
+"""What the formulas share: checking of common arguments, and the reduction over rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._checks import Scalar, sentence
+from ..pairwise import l2_normalize, operand_dtype
+
+
+def unit(rows: Tensor, normalize: bool) -> Tensor:
+    return l2_normalize(rows) if normalize else rows
+
+
+def reduced(loss: Tensor, reduction: str, weights: Tensor | None = None, *, counted: Tensor | None = None) -> Tensor:
+    """(Weighted) mean over the rows that are counted, sum, or the rows as they are; the mean over no rows is 0."""
+    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if weights is not None:
+        _checks.vector("weights", weights, loss.shape[0], loss)
+        weights = weights.to(loss.dtype)
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if weights is not None:
+        weight = (weights if counted is None else weights * counted).sum()
+        return total / torch.where(weight == 0, 1, weight)
+    return total / (max(loss.shape[0], 1) if counted is None else counted.sum().clamp(min=1))
+
+
+def inverse(temperature: Scalar, rows: Tensor) -> Scalar:
+    _checks.scalar("temperature", temperature, positive=True)
+    return 1 / multiplier("temperature", temperature, rows)
+
+
+def multiplier(name: str, value: Scalar, rows: Tensor) -> Scalar:
+    """A scalar in the precision of the logits, whatever a caller's ``model.half()`` made of it."""
+    _checks.scalar(name, value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def number(name: str, value: float, *, low: float = -float("inf"), high: float = float("inf")) -> None:
+    """A Python number within [low, high]."""
+    _checks.scalar(name, value)
+    if isinstance(value, Tensor) or not low <= value <= high:
+        got = f"{name} as a tensor" if isinstance(value, Tensor) else f"{name} = {value}"
+        raise ValueError(sentence(got, f"a number from {low} to {high}", "Pass a plain float in this range."))
+
+
+def arange(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[0], device=rows.device)
+
+
+def operand(rows: Tensor) -> Tensor:
+    """Rows in fp32 (fp64), rounded as the operands of the pair reductions are; the gradient does not see that."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    dtype = operand_dtype(rows, rows)
+    if torch.promote_types(dtype, wide.dtype) == dtype:
+        return wide
+    return wide + (wide.to(dtype).to(wide.dtype) - wide).detach()
