@@ -566,8 +566,8 @@ def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
 def _contiguous(pairs: Pairs) -> Pairs:
     x = pairs.x.contiguous()
     y = x if pairs.symmetric else pairs.y.contiguous()
-    vectors = (t if t is None else t.contiguous() for t in pairs.vectors)
-    return Pairs(x, y, pairs.scale, *vectors)._replace(symmetric=pairs.symmetric)
+    vectors = [t if t is None else t.contiguous() for t in pairs.vectors]
+    return Pairs._make([x, y, pairs.scale, *vectors, *pairs[11:]])
 
 
 def _of(t: Tensor | None, part: slice, size: int = 1) -> Tensor | None:

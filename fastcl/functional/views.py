@@ -116,7 +116,8 @@ def dclw(
 
     :math:`L_i = -w_i \langle z_i, z_{i'} \rangle / \tau + \log \sum_{j \ne i, i'} \exp(\langle z_i, z_j \rangle /
     \tau)` with :math:`w_i = 2 - \exp(\langle z_i, z_{i'} \rangle / \sigma) / \mathrm{mean}_b
-    \exp(\langle z_b, z_{b'} \rangle / \sigma)`, whose mean is 1. The weights receive no gradient. A row with no negatives is not counted.
+    \exp(\langle z_b, z_{b'} \rangle / \sigma)`, whose mean is 1. The weights receive no gradient. A row with no
+    negatives is not counted.
 
     Args:
         z: ``(2B, D)``, two views of each image, stacked.
