@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot --json benchmarks/results/aot.json
 
-The losses of ``fastcl.testing.CASES`` and a call with every mask and bias run as they would on a GPU, on CPU tensors,
+The losses of ``fastcl.testing.HOT`` and a call with every mask and bias run as they would on a GPU, on CPU tensors,
 with Triton told to compile for one architecture after another and to launch nothing. So every kernel is compiled with
 its real launch arguments, alignments and options. Triton keeps what it compiled by the hash of source and options
 (``TRITON_CACHE_DIR``): a second run only disassembles.
@@ -168,7 +168,7 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
     import torch
 
     from fastcl import functional, pairwise, use_backend
-    from fastcl.testing import CASES, LossCase
+    from fastcl.testing import HOT, LossCase
 
     def backward(result: Any) -> None:
         sum(t.sum() for t in (result if isinstance(result, tuple) else (result,))).backward()
@@ -208,10 +208,10 @@ def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:
 
         return call
 
-    by_name = {case.name: case for case in CASES}
+    by_name = {case.name: case for case in HOT}
     lse, softplus = pairwise.pair_logsumexp, pairwise.pair_softplus_sum
     return [
-        *(("-".join([c.name, *c.row_arguments]), True, loss(c)) for c in CASES),
+        *((c.label, True, loss(c)) for c in HOT),
         *((f"nt_xent, D = {d}", True, loss(by_name["nt_xent"], ROWS, d)) for d in (64, 256, 512)),
         *((f"{n}, strips", True, loss(by_name[n], STRIP_ROWS, 512)) for n in ("nt_xent", "clip", "siglip")),
         ("pair_logsumexp, frozen columns", True, frozen),

@@ -6,7 +6,7 @@ import torch
 
 from fastcl import functional, pairwise, use_backend
 from fastcl.backends import triton, why_not
-from fastcl.testing import CASES
+from fastcl.testing import HOT
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _losses(backend: str, d: int, dtype: torch.dtype) -> None:
-    for case in CASES:
+    for case in HOT:
         args, kwargs = case.inputs(37, d, dtype=dtype, device="cuda")
         with use_backend(backend):
             loss = getattr(functional, case.name)(*args, normalize=True, **kwargs)

@@ -87,6 +87,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("expect_large", expect_large);
   py::class_<Engine>(module, "Engine")
       .def(from_python<Engine, float>(), Free())
+      .def("guided_by", &Engine::guided_by, py::keep_alive<1, 2>())
       .def_property_readonly("work_bytes", &Engine::work_bytes)
       .def_property_readonly("tiles", &Engine::tiles)
       .def_property_readonly("tile_bytes", &Engine::tile_bytes)
@@ -119,6 +120,7 @@ PYBIND11_MODULE(_C, module) {
            Free());
   py::class_<Doubles>(module, "Doubles")
       .def(from_python<Doubles, double>())
+      .def("guided_by", &Doubles::guided_by, py::keep_alive<1, 2>())
       .def("reduce", [](Doubles& d, int link, Address row) { d.reduce(fastcl::Link(link), at<double>(row)); }, Free())
       .def("grad",
            [](Doubles& d, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address dx,

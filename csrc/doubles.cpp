@@ -66,6 +66,8 @@ void Doubles::walk(Each each) const {
 
 void Doubles::logits(i64 i, int rows, i64 j, int cols, double* out) const {
   const PairsOf<double>& p = pairs_;
+  std::vector<double> guide(guide_ ? ROWS * COLS : 0);
+  if (guide_) guide_->logits(i, rows, j, cols, guide.data());
   const i64 depth = p.x.depth;
   kernels_.dots(static_cast<const double*>(p.x.data) + i * depth, rows,
                 static_cast<const double*>(p.y.data) + j * depth, cols, depth, out, COLS);
@@ -80,6 +82,7 @@ void Doubles::logits(i64 i, int rows, i64 j, int cols, double* out) const {
     if (p.col_ceiling) forget([&](int c) { return s[c] > p.col_ceiling[j + c]; });
     if (p.drop_x) forget([&](int c) { return p.drop_x[i] == p.drop_y[j + c]; });
     if (p.only_x) forget([&](int c) { return p.only_x[i] != p.only_y[j + c]; });
+    if (guide_) forget([&](int c) { return guide[r * COLS + c] == -INF; });
   }
 }
 

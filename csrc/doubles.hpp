@@ -11,6 +11,9 @@ class Doubles {
   // Rows are contiguous.
   Doubles(const PairsOf<double>& pairs, const char* isa, int threads);
 
+  // As Engine::guided_by.
+  void guided_by(const Doubles& guide) { guide_ = &guide; }
+
   void reduce(Link link, double* row) const;
   // dx (M, D), zeros at first, and row_sum (M,); null where not wanted.
   void grad(Link link, SideOf<double> rows, SideOf<double> cols, double* dx, double* row_sum) const;
@@ -22,6 +25,7 @@ class Doubles {
   void logits(i64 i, int rows, i64 j, int cols, double* out) const;
 
   PairsOf<double> pairs_;
+  const Doubles* guide_ = nullptr;
   const Kernels& kernels_;
   int threads_;
 };

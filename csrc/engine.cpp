@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 
@@ -104,6 +105,7 @@ struct Engine::Plan {
   i64 tm, tn, bm, bn;  // rows and columns of a block, blocks
   i64 ld;              // elements between rows of a tile's weights: not a power of two, which would strain L1
   Packed x{}, y{};
+  const Plan* guide = nullptr;
   double bound_low = -INF, bound_high = INF, longest_y = INF;  // of every logit; of |y|
   std::vector<float> row_bias, col_bias, row_ceiling, col_ceiling;  // padded to whole blocks
   std::vector<int32_t> drop_x, drop_y, only_x, only_y;
@@ -204,7 +206,7 @@ struct Engine::Plan {
 
   // What a thread works in.
   struct Scratch {
-    float *row_part, *col_part, *logits;
+    float *row_part, *col_part, *logits, *guide;
     void *weight, *weight_t;
   };
   i64 row_part_bytes() const { return aligned(tm * k.vector * 4); }
@@ -212,7 +214,7 @@ struct Engine::Plan {
   i64 weight_bytes() const { return aligned(tm * ld * k.element_bytes); }
   i64 logits_bytes() const { return aligned(tm * ld * 4); }
   i64 thread_bytes() const {
-    return row_part_bytes() + col_part_bytes() + logits_bytes() + weight_bytes() * (k.element_bytes == 2 ? 2 : 1);
+    return row_part_bytes() + col_part_bytes() + logits_bytes() * (guide ? 2 : 1) + weight_bytes() * (k.element_bytes == 2 ? 2 : 1);
   }
   Scratch scratch(void* work, int thread) const {
     char* at = static_cast<char*>(work) + thread * thread_bytes();
@@ -221,9 +223,21 @@ struct Engine::Plan {
     s.row_part = reinterpret_cast<float*>(take(row_part_bytes()));
     s.col_part = reinterpret_cast<float*>(take(col_part_bytes()));
     s.logits = reinterpret_cast<float*>(take(logits_bytes()));
+    s.guide = guide ? reinterpret_cast<float*>(take(logits_bytes())) : nullptr;
     s.weight = take(weight_bytes());
     s.weight_t = k.element_bytes == 2 ? take(weight_bytes()) : nullptr;
     return s;
+  }
+
+  // The tile with all that forgets pairs: the guide's logits are formed first, -inf where one is above its limit.
+  Tile guided(const Step& step, float shift, const Scratch& s) const {
+    Tile t = tile(step, shift);
+    if (!guide) return t;
+    guide->k.logits(guide->tile(step, 0), 1, s.guide, ld);
+    t.guide = s.guide;
+    t.guide_ld = ld;
+    t.plain = false;
+    return t;
   }
 
   // compute(step, index, scratch) runs in parallel; then add(step, scratch) runs in the order of the steps for every
@@ -289,7 +303,7 @@ struct Engine::Plan {
         [&](const Step& step, i64 at, const Scratch& s) {
           clear(s);
           void* basis = at < keep ? static_cast<char*>(kept) + at * bytes : nullptr;
-          k.reduce(link, tile(step, float(shift)), s.row_part, s.col_part, basis, tn);
+          k.reduce(link, guided(step, float(shift), s), s.row_part, s.col_part, basis, tn);
         },
         [&](const Step& step, const Scratch& s) {
           for (i64 i = step.i * tm, r = 0; r < tm && i < m; r++, i++) row[i] += row_total(s, r);
@@ -305,7 +319,7 @@ struct Engine::Plan {
     const bool cols = both || pairs.symmetric;
     walk(
         work, true, cols,
-        [&](const Step& step, i64, const Scratch& s) { k.logits(tile(step, 0), float(LOG2E), s.logits, ld); },
+        [&](const Step& step, i64, const Scratch& s) { k.logits(guided(step, 0, s), float(LOG2E), s.logits, ld); },
         [&](const Step& step, const Scratch& s) {
           const Tile t = tile(step, 0);
           const i64 i = step.i * tm, j = step.j * tn;
@@ -336,6 +350,13 @@ struct Engine::Plan {
 
 Engine::Engine(const Pairs& pairs, const char* isa, int threads) : plan_(new Plan(pairs, isa, threads)) {}
 Engine::~Engine() = default;
+
+void Engine::guided_by(const Engine& guide) {
+  const Plan &p = *plan_, &g = *guide.plan_;
+  if (p.m != g.m || p.n != g.n || p.tm != g.tm || p.tn != g.tn || p.pairs.symmetric)
+    throw std::logic_error("a guide must have the tiles of what it guides");
+  plan_->guide = &g;
+}
 
 i64 Engine::tiles() const { return plan_->steps.size(); }
 i64 Engine::tile_bytes() const { return plan_->tm * plan_->tn * plan_->k.element_bytes; }
@@ -508,7 +529,7 @@ void Engine::grad(Link link, Side rows, Side cols, void* work, const void* kept,
         const i64 i = step.i * p.tm, j = step.j * p.tn;
         float *row_part = sums ? s.row_part : nullptr, *col_part = sums ? s.col_part : nullptr;
         if (sums) p.clear(s);
-        Tile t = p.tile(step, float(shift));
+        Tile t = fast && at < keep ? p.tile(step, float(shift)) : p.guided(step, float(shift), s);
         if (!fast) {
           p.k.logits(t, float(LOG2E), s.logits, p.ld);
           // A tile on the diagonal is whole here, and seen once: from its rows, which carry half of both sides.
@@ -556,7 +577,7 @@ bool Engine::reduce_grad(void* work, float* row, float* dx) {
       work, true, false,
       [&](const Plan::Step& step, i64, const Plan::Scratch& s) {
         p.clear(s);
-        p.k.reduce(Link::exp, p.tile(step, float(shift)), s.row_part, s.col_part, s.weight, p.ld);
+        p.k.reduce(Link::exp, p.guided(step, float(shift), s), s.row_part, s.col_part, s.weight, p.ld);
       },
       [&](const Plan::Step& step, const Plan::Scratch& s) {
         p.add_products(p.tile(step, float(shift)), step, s, dx, nullptr, true);
@@ -580,7 +601,7 @@ void Engine::topk(void* work, i64 k, float* values, i64* indices) {
     const Plan::Scratch s = p.scratch(work, thread);
     for (i64 block; (block = next.fetch_add(1)) < p.bm;)
       for (i64 j = 0; j < p.bn; j++) {
-        const Tile t = p.tile({int(block), int(j), 0, 0}, 0);
+        const Tile t = p.guided({int(block), int(j), 0, 0}, 0, s);
         p.k.logits(t, 1, s.logits, p.ld);
         for (int r = 0; r < t.rows; r++) {
           const i64 at = (block * p.tm + r) * k;

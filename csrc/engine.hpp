@@ -36,6 +36,10 @@ class Engine {
   Engine(const Pairs& pairs, const char* isa, int threads);
   ~Engine();
 
+  // Pairs that `guide` forgets, a packed engine of as many rows and columns, are forgotten here, too. It must live as
+  // long as this engine.
+  void guided_by(const Engine& guide);
+
   // Scratch that the caller provides, in bytes, aligned to 64: packed operands, and what the threads work in.
   i64 packed_bytes(bool gradient) const;
   i64 work_bytes() const;

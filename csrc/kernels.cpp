@@ -253,6 +253,8 @@ FORCE V logit(V product, const Tile& t, int row, int col, I& kept) {
   if (t.col_ceiling) in &= ~(s > load(t.col_ceiling + col));
   if (t.drop_x) in &= load(t.drop_y + col) != all(t.drop_x[safe_row]);
   if (t.only_x) in &= load(t.only_y + col) == all(t.only_x[safe_row]);
+  if (t.row_bias || t.col_bias) in &= s != all(-INF);  // its power is 0, which exp2 is not
+  if (t.guide) in &= load(t.guide + safe_row * t.guide_ld + col) != all(-INF);
   kept = in;
   return s;
 }

@@ -38,10 +38,12 @@ struct Tile {
   i64 depth;
   int rows, cols;  // inside the matrix
   bool diagonal;   // of a symmetric matrix: keep the upper triangle, count the diagonal half for either side
-  bool plain;      // no bias, key or ceiling anywhere
+  bool plain;      // no bias, key, ceiling or guide anywhere
   float scale, shift;  // logit = scale * <x, y> + biases; exp link: value = 2^(logit / ln 2 - shift)
   const float *row_bias, *col_bias, *row_ceiling, *col_ceiling;  // at the tile's first row or column, or null
   const int32_t *drop_x, *drop_y, *only_x, *only_y;
+  const float* guide;  // [rows][guide_ld], or null: -inf where a second similarity forgets the pair
+  i64 guide_ld;
 };
 
 struct Kernels {

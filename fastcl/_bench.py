@@ -17,7 +17,7 @@ from . import functional, reference
 from ._checks import choice, sentence
 from ._info import commit, cpu_model, versions
 from ._measure import interleaved_seconds, median_ratio, peak_bytes
-from .backends import available_backends, native, use_backend
+from .backends import available_backends, native, use_backend, why_not
 from .testing import CASES, LossCase
 
 # The contenders that store the matrix, and how many of its size live at once, rounded up.
@@ -113,7 +113,8 @@ def contenders(
     if case is LOSSES[case.name] and case.name in USUAL:
         steps["cross-entropy"] = step(USUAL[case.name])
     for backend in available_backends(args[0]):
-        if not (backend == "triton" and device.type == "cpu"):
+        guideless = case.guided and why_not(backend, "guided", args[0])
+        if not guideless and not (backend == "triton" and device.type == "cpu"):
             steps[backend] = step(getattr(functional, case.name), backend)
     return steps
 
@@ -177,7 +178,7 @@ def _measure(settings: Settings, device: torch.device, n: int) -> Iterator[dict[
     case, dtype = LOSSES[settings.loss], getattr(torch, settings.dtype)
     batch = n // case.rows(1)[0]
     steps = contenders(case, batch, settings.dim, dtype, device)
-    matrix_gb = n * case.rows(batch)[-1] * dtype.itemsize / 1e9
+    matrix_gb = case.stored(n, case.rows(batch)[-1], settings.dim) * dtype.itemsize / 1e9
     for name, matrices in DENSE.items():
         if name in steps and matrices * matrix_gb > settings.dense_limit_gb:
             reason = f"would need about {matrices * matrix_gb:.2g} GB, --dense-limit-gb is {settings.dense_limit_gb:g}"

@@ -506,8 +506,9 @@ class _GatheredDot(torch.autograd.Function):
         x, y = q.to(dtype), table.to(dtype)
         ctx.save_for_backward(x, y, index)
         s = x.new_empty(index.shape, dtype=_compute_dtype(dtype))
-        for rows in _gathered_rows(index, y):
-            s[rows] = (y[index[rows]].to(s.dtype) @ x[rows, :, None].to(s.dtype)).squeeze(2)
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in _gathered_rows(index, y):
+                s[rows] = (y[index[rows]].to(s.dtype) @ x[rows, :, None].to(s.dtype)).squeeze(2)
         return s
 
     @staticmethod
@@ -520,7 +521,8 @@ class _GatheredDot(torch.autograd.Function):
         for rows in _gathered_rows(index, y):
             g = grad[rows]
             if dq is not None:
-                dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
+                with torch.autocast(x.device.type, enabled=False):
+                    dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
             if dtable is not None:
                 terms = (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1)
                 if x.is_cuda:  # of the two, the one that adds in a fixed order there

@@ -44,12 +44,16 @@ class LossCase:
         numbers: scalar arguments by name, such as ``{"temperature": 0.1}``; made 0-d tensors that want a gradient.
         classes: rows of the first embeddings -> number of labels; a tensor of labels then follows the embeddings.
         row_arguments: keywords of the last embeddings, where those are not positional.
-        options: other arguments, as they are.
+        options: other arguments, as they are, or as a function of the batch.
         drawn: makes further tensors by name; floating-point ones want a gradient, unless ``constant`` names them.
         variant: tells rows with one name apart.
         hot: one of the losses whose kernels are tuned, and which every kernel test runs.
         guided: needs a second similarity, which some backends do not have.
         mined: takes the best of several rows, so that among equals the gradient is anybody's.
+        summed: its sums over pairs are those of the backends' kernels.
+        stops_gradient: part of it is a constant to autograd, but not to finite differences.
+        compiles: no size is read from the device, which would break torch.compile's graph.
+        stored: numbers that the definition stores at once, of (rows, columns, dim), where that is not one matrix.
         detached: embeddings that receive no gradient, by position.
     """
 
@@ -65,6 +69,10 @@ class LossCase:
     hot: bool = False
     guided: bool = False
     mined: bool = False
+    summed: bool = True
+    stops_gradient: bool = False
+    compiles: bool = True
+    stored: Callable[[int, int, int], int] = lambda m, n, d: m * n
     detached: tuple[int, ...] = ()
 
     @property
@@ -113,7 +121,7 @@ class LossCase:
                 t = t.to(dtype if t.ndim > 1 else number_dtype)
                 t = t.to(device).requires_grad_(name not in self.constant)
             kwargs[name] = t.to(device)
-        return args, {**kwargs, **self.options}
+        return args, {**kwargs, **{n: v(batch) if callable(v) else v for n, v in self.options.items()}}
 
 
 def _some(n: int) -> int:
@@ -122,6 +130,14 @@ def _some(n: int) -> int:
 
 def _few(n: int) -> int:
     return n // 8 + 2
+
+
+def _cube(m: int, n: int, d: int) -> int:
+    return m * n * n
+
+
+def _differences(m: int, n: int, d: int) -> int:
+    return m * n * d
 
 
 _TAU = {"temperature": 0.1}
@@ -156,7 +172,7 @@ CASES = (
     LossCase("nt_xent", lambda b: (3 * b,), _TAU, options={"views": 3}, variant="views"),
     LossCase("nt_xent", _STACKED, _TAU, _some, variant="labels"),
     LossCase("nt_xent", lambda b: (2 * b, b + 3), _TAU, None, ("extra_negatives",), drawn=_ids, variant="bank-ids"),
-    LossCase("dclw", _STACKED, _TAU),
+    LossCase("dclw", _STACKED, _TAU, stops_gradient=True),
     LossCase("debiased_nt_xent", _STACKED, {"temperature": 0.5}),
     LossCase("hard_nt_xent", _STACKED, {"temperature": 0.5}),
     LossCase("all_pairs_nt_xent", _STACKED, _TAU),
@@ -167,6 +183,7 @@ CASES = (
         _PAIR,
         _TAU,
         variant="own",
+        stops_gradient=True,
         options={"hardness": 2.0, "own_hardness": 3.0, "label_smoothing": 0.2},
         drawn=lambda draw: {"own_negatives": draw.unit(draw.batch, 3, draw.dim)},
     ),
@@ -195,6 +212,7 @@ CASES = (
         "sampled_info_nce",
         lambda b: (b, 2 * b + 3),
         _TAU,
+        summed=False,
         drawn=lambda d: {
             "positive": d.integers(2 * d.batch, d.batch),
             "negatives": d.integers(d.batch, d.batch, 5),
@@ -210,14 +228,35 @@ CASES = (
         _TAU,
         _some,
         variant="one",
-        options={"anchors": 1, "base_temperature": 0.07},
+        options={"anchors": lambda b: b, "base_temperature": 0.07},
     ),
     LossCase("sincere", _STACKED, _TAU, _some),
-    LossCase("multi_similarity", _STACKED, classes=_some),
-    LossCase("multi_similarity", _STACKED, classes=_few, options={"epsilon": 0.1}, variant="mined", guided=True),
-    LossCase("triplet_all", _STACKED, classes=_few, options={"margin": 0.2}),
-    LossCase("triplet_all", _STACKED, classes=_few, options={"margin": 0.2, "distance": "cosine"}, variant="cosine"),
-    LossCase("triplet_hard", _STACKED, classes=_few, options={"margin": 0.2}, mined=True),
+    LossCase("multi_similarity", _STACKED, classes=_some, options={"beta": 20.0}),
+    LossCase(
+        "multi_similarity", _STACKED, classes=_few, options={"beta": 20.0, "epsilon": 0.1}, variant="mined", guided=True
+    ),
+    LossCase(
+        "triplet_all", _STACKED, classes=_few, options={"margin": 0.2}, summed=False, compiles=False, stored=_cube
+    ),
+    LossCase(
+        "triplet_all",
+        _STACKED,
+        classes=_few,
+        variant="cosine",
+        options={"margin": 0.2, "distance": "cosine"},
+        summed=False,
+        compiles=False,
+        stored=_cube,
+    ),
+    LossCase(
+        "triplet_hard",
+        _STACKED,
+        classes=_few,
+        options={"margin": 0.2},
+        mined=True,
+        summed=False,
+        stored=_differences,
+    ),
     LossCase(
         "triplet_hard",
         _STACKED,
@@ -225,12 +264,25 @@ CASES = (
         variant="soft",
         options={"margin": None, "distance": "squared"},
         mined=True,
+        summed=False,
+        stored=_differences,
     ),
-    LossCase("triplet_semi_hard", _STACKED, classes=_few, options={"margin": 0.2}, mined=True),
+    LossCase(
+        "triplet_semi_hard",
+        _STACKED,
+        classes=_few,
+        options={"margin": 0.2},
+        mined=True,
+        summed=False,
+        compiles=False,
+        stored=_differences,
+    ),
     LossCase("cosface", lambda b: (b, 7), {"scale": 16.0}, lambda n: 7, options={"margin": 0.2}),
-    LossCase("siamese", _PAIR, classes=lambda n: 2, options={"margin": 1.3}),
-    LossCase("triplet", lambda b: (b, b, b), options={"margin": 0.3, "swap": True}),
-    LossCase("negative_cosine", _PAIR),
-    LossCase("byol", _PAIR, detached=(1,)),
-    LossCase("squared_cosine", _PAIR, {"temperature": 0.5}, lambda n: 2),
+    LossCase("siamese", _PAIR, classes=lambda n: 2, options={"margin": 1.3}, summed=False),
+    LossCase("triplet", lambda b: (b, b, b), options={"margin": 0.3, "swap": True}, summed=False),
+    LossCase("negative_cosine", _PAIR, summed=False),
+    LossCase("byol", _PAIR, detached=(1,), summed=False),
+    LossCase("squared_cosine", _PAIR, {"temperature": 0.5}, lambda n: 2, summed=False),
 )
+
+HOT = tuple(case for case in CASES if case.hot)

@@ -36,6 +36,11 @@ def positive_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
     return anchor, order[start[anchor] + offset + (offset >= own)]
 
 
+def class_sums(z: Tensor, labels: Tensor) -> Tensor:
+    """For every row the sum of the *other* rows of its label, ``(N, D)`` fp32 (fp64); no host synchronisation."""
+    return apply(_ClassSums, z, labels)
+
+
 def batch_all(z: Tensor, labels: Tensor, margin: float, distance: str) -> tuple[Tensor, Tensor]:
     """Sums of max(0, d(a, p) - d(a, n) + margin) over the triplets of every anchor.
 
@@ -49,6 +54,41 @@ def batch_all(z: Tensor, labels: Tensor, margin: float, distance: str) -> tuple[
     """
     _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
     return apply(_BatchAll, z, labels, margin, distance)
+
+
+class _ClassSums(torch.autograd.Function):
+    """The gradient of a row is the sum of the gradients of the other rows of its class: the same operation."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, labels: Tensor) -> Tensor:
+        ctx.dtype = z.dtype
+        ctx.save_for_backward(labels)
+        return _sums_of_others(z.to(torch.promote_types(z.dtype, torch.float32)), labels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (labels,) = ctx.saved_tensors
+        return _sums_of_others(grad, labels).to(ctx.dtype), None
+
+
+def _sums_of_others(rows: Tensor, labels: Tensor) -> Tensor:
+    order, start, end = class_runs(labels)
+    if not rows.is_cuda:
+        first = order[start]
+        return torch.zeros_like(rows).index_add_(0, first, rows)[first] - rows
+    return run_sums(rows[order], start[order])[end - 1] - rows  # there index_add_ adds in any order
+
+
+def run_sums(rows: Tensor, start: Tensor) -> Tensor:
+    """Sums from the start of every row's run up to that row: by doubling steps that stop there, in a fixed order."""
+    at = torch.arange(len(rows), device=rows.device)
+    step = 1
+    while step < len(rows):  # after this step row i holds those from i - 2 * step + 1 on
+        inside = (at[step:] - step >= start[step:])[:, None]
+        rows = torch.cat([rows[:step], rows[step:] + torch.where(inside, rows[:-step], 0)])
+        step *= 2
+    return rows
 
 
 class _BatchAll(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 import fastcl
 from fastcl import _measure, _settings, functional
 from fastcl.backends import Pairs, Sides, chunked, native
-from fastcl.testing import CASES, LossCase
+from fastcl.testing import HOT, LossCase
 
 from .oracle import assert_close, check_case, loss_and_grads
 
@@ -97,7 +97,7 @@ def test_doubles_on_every_instruction_set(isa: str, link: str, masked: bool, sym
         assert_close(got, want, 1e-14 if abs(scale) < 100 else 1e-12)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.rows(10)}")
+@pytest.mark.parametrize("case", HOT, ids=lambda c: c.label)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_loss_on_every_instruction_set(isa: str, case: LossCase, dtype: torch.dtype) -> None:
     args, kwargs = case.inputs(19, 45, dtype=dtype)
@@ -384,7 +384,7 @@ def test_halves_are_rounded_as_torch_rounds_them() -> None:
 
 
 def test_compiled_losses_use_what_was_kept() -> None:
-    case = CASES[0]
+    case = HOT[0]
     args, kwargs = case.inputs(150, 16)
     with fastcl.use_backend("native"):
         want = loss_and_grads(functional.nt_xent, args, kwargs)[1]

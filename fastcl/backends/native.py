@@ -67,8 +67,6 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return _cuda.unsupported(op, x)
     if op == "contrastive":
         return "has no fused contrastive operation on the CPU"
-    if op == "guided":
-        return "has no second similarity"
     if x.dtype not in _DTYPES:
         return f"has no kernels for {x.dtype}"
     return None
@@ -191,10 +189,23 @@ class _Call:
         self.operands = (x, x if pairs.symmetric else y)
         self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs.vectors)
         self.symmetric, self.scale = pairs.symmetric, float(pairs.scale)
+        here = isa(), torch.get_num_threads()
         self.engine = engine(
-            *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), isa(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+            *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), *here
+        )
+        if pairs.guide_x is None or pairs.guide_y is None:
+            return
+        # The guide is an engine of its own, whose logits have ceilings. It may be finer than the rows, not coarser.
+        dtypes = (pairs.guide_x.dtype, pairs.guide_y.dtype)
+        common = self.dtype if self.dtype == torch.float64 or torch.float64 in dtypes else torch.promote_types(*dtypes)
+        guides = [t.to(common).contiguous() for t in (pairs.guide_x, pairs.guide_y)]
+        limits = [None if t is None else t.to(self.dtype).contiguous() for t in (pairs.row_limit, pairs.col_limit)]
+        self.vectors += (*guides, *limits)
+        guide = engine(*map(_rows, guides), False, 1.0, *(0,) * 6, *map(_address, limits), *here)
+        if self.dtype == torch.float32:
+            self.packed_guide = _bytes(guide.packed_bytes(False))
+            guide.pack(self.packed_guide.data_ptr(), False)
+        self.engine.guided_by(guide)
 
     def work(self) -> int:
         """Address of the scratch of the threads."""
@@ -252,7 +263,7 @@ class _Workspace:
     @staticmethod
     def _of(link: str, call: _Call) -> tuple[object, ...]:
         x, y = call.operands
-        return link, isa(), x.dtype, x.shape, y.shape, call.symmetric, call.scale
+        return link, isa(), x.dtype, x.shape, y.shape, call.symmetric, call.scale, len(call.vectors)
 
 
 _workspace = _Workspace()

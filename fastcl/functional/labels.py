@@ -11,7 +11,7 @@ from torch.nn.functional import embedding, logsigmoid
 from .. import _checks
 from .._checks import Scalar, sentence
 from ..pairwise import pair_argmax, pair_logsumexp, pair_softplus_sum, pair_topk, row_dot
-from ..triples import batch_all, class_runs, positive_indices
+from ..triples import batch_all, class_runs, class_sums, positive_indices
 from ._arguments import arange, inverse, multiplier, number, operand, reduced, unit
 from .pairs import hinge, row_distance
 
@@ -56,7 +56,8 @@ def supcon(
     def keys(of_rows: Tensor) -> Any:
         return of_rows if k is None else (of_rows[first_rows], of_rows)
 
-    sums, count, first = _class_sums(z, labels)
+    order, start, end = class_runs(labels)
+    count, first = end - start, order[start]
     positives = (count - 1)[first_rows]
     counted = positives > 0
     if form == "in":
@@ -65,7 +66,7 @@ def supcon(
         loss = positives.clamp(min=1).log() - logsigmoid(torch.where(counted, p, 0) - n)
     else:
         # The mean over positives of a linear function is a function of the class sum: no matrix is needed.
-        p = row_dot(q, sums[first_rows]) * scale / positives.clamp(min=1)
+        p = row_dot(q, class_sums(z, labels)[first_rows]) * scale / positives.clamp(min=1)
         # A row with one positive takes the accurate form, whose negatives do not contain that positive.
         lone = count == 2
         n = pair_logsumexp(q, k, scale=scale, drop=keys(torch.where(lone, first, arange(z))))
@@ -312,21 +313,3 @@ def _nearness(z: Tensor, distance: str) -> dict[str, Tensor]:
 def _rows(z: Tensor, index: Tensor) -> Tensor:
     """Rows by index, of which -1 means any; their gradient is summed in one order, unlike that of ``z[index]``."""
     return embedding(index.clamp(min=0), z)
-
-
-def _class_sums(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For every row: the sum of the *other* rows of its class (N, D) fp32, the size of the class, its first row (N,).
-
-    Without a host synchronisation and in a fixed order: rows are sorted by class, and each run is summed by doubling
-    steps that stop at its ends.
-    """
-    n = z.shape[0]
-    order, start, end = class_runs(labels)
-    at, begin = arange(z), start[order]
-    sums = z[order].to(torch.promote_types(z.dtype, torch.float32))
-    step = 1
-    while step < n:  # after this step sums[i] holds rows i - 2 * step + 1 .. i of its run
-        inside = (at[step:] - step >= begin[step:])[:, None]
-        sums = torch.cat([sums[:step], sums[step:] + torch.where(inside, sums[:-step], 0)])
-        step *= 2
-    return sums[end - 1] - z, end - start, order[start]

@@ -20,7 +20,7 @@ from ..pairwise import (
     row_dot,
     scale_gradient,
 )
-from ._arguments import arange, inverse, multiplier, number, reduced, unit
+from ._arguments import arange, inverse, multiplier, number, operand, reduced, unit
 
 
 def info_nce(
@@ -398,7 +398,8 @@ def _own_dots(q: Tensor, own: Tensor, normalize: bool) -> Tensor:
 
 
 def _sum_of_dots(q: Tensor, k: Tensor) -> Tensor:
-    return row_dot(q, k.sum(0, dtype=torch.promote_types(k.dtype, torch.float32)).expand_as(q))
+    """Sum of the inner products of every row with all rows of ``k``, ``(M,)``."""
+    return (operand(q) * operand(k).contiguous().sum(0)).sum(1)
 
 
 def _logsumexp(s: Tensor) -> Tensor:

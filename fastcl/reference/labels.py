@@ -122,8 +122,8 @@ def triplet_hard(
     counted = positive.any(1) & negative.any(1)
     if not len(z):
         return reduced(d.sum(1), reduction, weights)
-    furthest = d.masked_fill(~positive, -1e9).amax(1)
-    nearest = d.masked_fill(~negative, 1e9).amin(1)
+    furthest = d.masked_fill(~positive, -torch.inf).amax(1)
+    nearest = d.masked_fill(~negative, torch.inf).amin(1)
     loss = torch.where(counted, _hinge(torch.where(counted, furthest - nearest, 0), margin), 0)
     return reduced(loss, reduction, weights, counted)
 
@@ -146,8 +146,8 @@ def triplet_semi_hard(
         return reduced(d[anchor, positive], reduction)
     to_positive, negative = d[anchor, positive], negative[anchor]
     beyond = negative & (d[anchor] >= to_positive[:, None])
-    nearest = d[anchor].masked_fill(~beyond, 1e9).amin(1)
-    furthest = d[anchor].masked_fill(~negative, -1e9).amax(1)
+    nearest = d[anchor].masked_fill(~beyond, torch.inf).amin(1)
+    furthest = d[anchor].masked_fill(~negative, -torch.inf).amax(1)
     counted = negative.any(1)
     difference = to_positive - torch.where(beyond.any(1), nearest, furthest)
     loss = torch.where(counted, _hinge(torch.where(counted, difference, 0), margin), 0)
