@@ -15,6 +15,7 @@ import fastcl
 from fastcl import _ops, backends
 from fastcl.backends import Pairs, Sides
 from fastcl.pairwise import (
+    gathered_dot,
     l2_normalize,
     merge_logsumexp,
     pair_argmax,
@@ -22,8 +23,9 @@ from fastcl.pairwise import (
     pair_softplus_sum,
     pair_topk,
     row_dot,
+    scale_gradient,
 )
-from fastcl.reference import logsumexp
+from fastcl.reference._dense import logsumexp
 
 from .conftest import DEVICE
 from .oracle import as_double, assert_close
@@ -51,6 +53,7 @@ def dense(
     drop: Any = None,
     only: Any = None,
     ceiling: Any = None,
+    guide: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows and columns, from the matrix."""
     s = scale * q @ k.T
@@ -65,6 +68,8 @@ def dense(
             keep &= (rows[:, None] == cols) == equal
     if ceiling is not None:
         keep &= s <= ceiling[:, None]
+    if guide is not None:
+        keep &= guide[0] @ guide[1].T <= guide[2][:, None]
     if name == "logsumexp":
         return logsumexp(s, keep), logsumexp(s.T, keep.T)
     kept = -logsigmoid(-s).masked_fill(~keep, 0)
@@ -161,6 +166,69 @@ def test_one_bias_for_rows_and_columns(name: str, backend: str) -> None:
         strict=True,
     ):
         assert_close(g, w, 1e-5)
+
+
+GUIDED_BACKENDS = pytest.mark.parametrize("backend", ["native", "chunked"], indirect=True)
+
+
+def guide_for(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    of_rows, of_columns = (t.detach() for t in tensors((m, 6), (n, 6), seed=11))
+    return of_rows, of_columns, torch.linspace(-1, 1, m, device=DEVICE)
+
+
+@GUIDED_BACKENDS
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("option", ["plain", "everything"])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_guide(name: str, option: str, both: bool, sets: int, backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    learned, n = torch.tensor(3.0, device=DEVICE, requires_grad=True), (M, N)[sets - 1]
+    options = options_for(M, n, sets == 1)[option]
+    check(name, q, None if sets == 1 else k, both=both, scale=learned, guide=guide_for(M, n), **options)
+
+
+@GUIDED_BACKENDS
+@pytest.mark.parametrize("sizes", [(300, 500), (3, 1000), (700, 2)], ids=str)
+def test_guide_over_many_tiles(sizes: tuple[int, int], backend: str) -> None:
+    q, k = tensors(*((n, D) for n in sizes))
+    check("logsumexp", q, k, both=True, scale=3.0, guide=guide_for(*sizes))
+
+
+@GUIDED_BACKENDS
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("guides", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_guide_of_another_dtype(rows: torch.dtype, guides: torch.dtype, backend: str) -> None:
+    q, k = (t.detach().to(rows) for t in tensors((M, D), (N, D)))
+    a, b, limit = guide_for(M, N)
+    guide = a.to(guides), b.to(guides), limit
+    want, _ = dense("logsumexp", q.double(), k.double(), 2.0, guide=tuple(t.double() for t in guide))
+    assert_close(pair_logsumexp(q, k, scale=2.0, guide=guide), want, 2e-6)
+
+
+@GUIDED_BACKENDS
+def test_another_guide_is_another_matrix(backend: str) -> None:
+    """What one forward kept is not taken for another's that differs in its guide alone."""
+    q, k = tensors((M, D), (N, D))
+    a, b, limit = guide_for(M, N)
+    first = pair_logsumexp(q, k, scale=2.0, guide=(a, b, limit))
+    second = pair_logsumexp(q, k, scale=2.0, guide=(a, b, limit - 0.5))
+    third = pair_logsumexp(q, k, scale=2.0)
+    for row in (first, second, third, first, third):
+        (dq,) = torch.autograd.grad(row.exp().sum(), q, retain_graph=True)
+        i = 5
+        weights = (dq[i] / row[i].exp() / 2).detach()  # sum_j w_ij k_j
+        s = 2.0 * q[i].detach() @ k.detach().T
+        keep = torch.ones(N, dtype=torch.bool, device=DEVICE)
+        if row is not third:
+            keep = a[i] @ b.T <= limit[i] - (0.5 if row is second else 0)
+        assert_close(weights, s.masked_fill(~keep, -torch.inf).softmax(0) @ k.detach(), 1e-5)
+
+
+def test_triton_says_that_it_has_no_guide() -> None:
+    q, k = tensors((M, D), (N, D))
+    with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match="has no second similarity"):
+        pair_logsumexp(q, k, scale=1.0, guide=guide_for(M, N))
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -327,6 +395,72 @@ def test_topk(dtype: torch.dtype, largest: bool, topk: int) -> None:
     assert (values[~found] == (-torch.inf if largest else torch.inf)).all()
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_topk_with_a_bias_and_a_ceiling(largest: bool, backend: str) -> None:
+    q, k, bias = (t.detach() for t in tensors((M, D), (N, D), (N,)))
+    ceiling = torch.linspace(-1, 1, M, device=DEVICE)
+    values, indices = pair_topk(q, k, topk=3, col_bias=bias, ceiling=ceiling, largest=largest)
+    s = q.double() @ k.double().T + bias
+    beyond = s > ceiling[:, None] if largest else s < ceiling[:, None]
+    want = s.masked_fill(beyond, -torch.inf if largest else torch.inf).sort(1, descending=largest).values[:, :3]
+    assert_close(values, want, 2e-6)
+    assert_close(values[indices >= 0], s.gather(1, indices.clamp(min=0))[indices >= 0], 2e-6)
+
+
+def test_the_nearest_by_a_bias() -> None:
+    q, k = (t.detach() for t in tensors((M, D), (N, D)))
+    assert torch.equal(pair_argmax(q, k, col_bias=-k.square().sum(1) / 2), torch.cdist(q, k).argmin(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_gathered_dot(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, table = (t.detach().to(dtype).requires_grad_() for t in tensors((M, D), (N, D)))
+    index = torch.randint(N, (M, 5), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    index[:, 1] = index[:, 0]  # one row twice
+    exact_q, exact_table = as_double(q), as_double(table)
+    want = (exact_q[:, None] * exact_table[index]).sum(2)
+    upstream = torch.randn(M, 5, device=DEVICE)
+    exact = torch.autograd.grad(want, (exact_q, exact_table), upstream.double())
+    for chunk in (2**21, 200):
+        monkeypatch.setattr(fastcl.pairwise, "_GATHERED", chunk)
+        got = gathered_dot(q, table, index)
+        assert got.dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(got, want, 1e-6)
+        for g, w in zip(torch.autograd.grad(got, (q, table), upstream.to(got.dtype)), exact, strict=True):
+            assert g.dtype == dtype
+            assert_close(g, w, 1e-3 if dtype == torch.float16 else 1e-6)
+    with pytest.raises(RuntimeError, match=r"fastcl\.reference"):
+        (dq,) = torch.autograd.grad(gathered_dot(q, table, index).sum(), q, create_graph=True)
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("index", "kind"),
+    [
+        ([[0]], TypeError), (torch.zeros(M, 2), TypeError), (torch.zeros(M, dtype=torch.long), ValueError),
+        (torch.zeros(3, 2, dtype=torch.long), ValueError),
+        (torch.zeros(M, 2, dtype=torch.long, device="meta"), ValueError),
+    ],
+)  # fmt: skip
+def test_gathered_dot_refuses_a_bad_index(index: Any, kind: type[Exception]) -> None:
+    q, table = tensors((M, D), (N, D))
+    with pytest.raises(kind, match=r"^got .+; expected .+\. .+\.$"):
+        gathered_dot(q, table, index)
+
+
+def test_gathered_dot_of_nothing() -> None:
+    q, table = tensors((M, D), (N, D))
+    assert gathered_dot(q, table, torch.zeros(M, 0, dtype=torch.long, device=DEVICE)).shape == (M, 0)
+    assert gathered_dot(q[:0], table, torch.zeros(0, 4, dtype=torch.long, device=DEVICE)).shape == (0, 4)
+
+
+def test_scale_gradient() -> None:
+    x = torch.tensor([1.5, -2.0], requires_grad=True)
+    y = scale_gradient(x, 0.25)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((2,), 0.25))
+
+
 def test_argmax_takes_the_first_of_equals_and_minus_one_of_none() -> None:
     q = torch.eye(3)
     k = torch.cat([torch.eye(3), torch.eye(3)])
@@ -416,6 +550,11 @@ BAD = {
     "bias of NaN": (ValueError, {"row_bias": math.nan}),
     "ceiling of one": (ValueError, {"ceiling": torch.zeros(1)}),
     "scale 0": (ValueError, {"scale": 0.0}),
+    "guide of two": (TypeError, {"guide": (Q, K)}),
+    "guide as a matrix": (TypeError, {"guide": Q}),
+    "guide of other rows": (ValueError, {"guide": (Q[:3], K, torch.zeros(4))}),
+    "guides of two widths": (ValueError, {"guide": (Q, K[:, :2], torch.zeros(4))}),
+    "guide limits per column": (ValueError, {"guide": (Q, K, torch.zeros(5))}),
     "keys elsewhere": (ValueError, {"drop": (torch.arange(4, device="meta"), torch.arange(5))}),
 }
 

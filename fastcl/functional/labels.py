@@ -63,7 +63,7 @@ def supcon(
     if form == "in":
         p = pair_logsumexp(q, k, scale=scale, only=keys(labels), drop=keys(arange(z)))
         n = pair_logsumexp(q, k, scale=scale, drop=keys(labels))
-        loss = positives.clamp(min=1).log() - logsigmoid(torch.where(counted, p, 0) - n)
+        loss = positives.clamp(min=1).to(p.dtype).log() - logsigmoid(torch.where(counted, p, 0) - n)
     else:
         # The mean over positives of a linear function is a function of the class sum: no matrix is needed.
         p = row_dot(q, class_sums(z, labels)[first_rows]) * scale / positives.clamp(min=1)

@@ -219,8 +219,9 @@ def all_pairs_nt_xent(
     r"""The average of NT-Xent over *all* pairs, as some introductions print SimCLR's loss. **It trains no encoder.**
 
     :math:`L = -\frac{1}{N^2} \sum_i \sum_j \log \frac{e^{s_{ij}}}{e^{s_{ij}} + \sum_{k \ne i} e^{s_{ik}}}` treats every
-    row as a positive of every other, so it is smallest where all embeddings are equal. It is here to be compared with;
-    the loss to train with is :func:`nt_xent`.
+    row as a positive of every other, so it does not know which belong together: any order of the rows gives the same
+    value. Where rows outnumber dimensions it is smallest, by a fraction of a percent, where all embeddings are nearly
+    equal. It is here to be compared with; the loss to train with is :func:`nt_xent`.
 
     Args:
         z: ``(N, D)``.

@@ -30,7 +30,7 @@ def supcon(
     count = positive.sum(1)
     if form == "in":
         p = torch.where(count > 0, logsumexp(s, positive), 0)
-        loss = count.clamp(min=1).log() - logsigmoid(p - logsumexp(s, other & ~positive))
+        loss = count.clamp(min=1).to(p.dtype).log() - logsigmoid(p - logsumexp(s, other & ~positive))
     else:
         p = mean(s, positive)
         # lse - p and -log sigmoid(p - n) are the same number; with one positive the second keeps its digits

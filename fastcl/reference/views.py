@@ -127,7 +127,7 @@ def all_pairs_nt_xent(
     reduction: str = "mean",
     normalize: bool = False,
 ) -> Tensor:
-    """Every row as a positive of every row, itself too. It is smallest where all rows are equal: it trains nothing."""
+    """Every row as a positive of every row, itself too. It does not know the pairs: it trains nothing."""
     z = unit(z, normalize)
     s = (z / temperature) @ z.T
     n = logsumexp(s, not_self(z))
