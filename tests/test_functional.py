@@ -386,6 +386,7 @@ def test_no_backward_buffers_without_a_gradient() -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 Z = torch.randn(6, 4)
+IDS = torch.arange(6) // 2
 BAD = {
     "integer rows": (TypeError, lambda: functional.nt_xent(Z.long(), temperature=0.1)),
     "complex rows": (TypeError, lambda: functional.nt_xent(Z + 0j, temperature=0.1)),
@@ -408,6 +409,40 @@ BAD = {
     "labels of floats": (TypeError, lambda: functional.supcon(Z, torch.rand(6), temperature=0.1)),
     "labels as a list": (TypeError, lambda: functional.supcon(Z, [0] * 6, temperature=0.1)),
     "labels of views as a list": (TypeError, lambda: fastcl.SupConLoss()(Z[:, None], [0] * 6)),
+    "labels and ids": (ValueError, lambda: functional.nt_xent(Z, IDS, ids=IDS, temperature=0.1)),
+    "one view": (ValueError, lambda: functional.nt_xent(Z, views=1, temperature=0.1)),
+    "views that do not fit": (ValueError, lambda: functional.nt_xent(Z, views=4, temperature=0.1)),
+    "ids too long": (ValueError, lambda: functional.nt_xent(Z, ids=IDS, temperature=0.1)),
+    "ids of floats": (TypeError, lambda: functional.clip(Z, Z, ids=Z[:, 0], scale=1.0)),
+    "weights of two columns": (ValueError, lambda: functional.dcl(Z, weights=Z, temperature=0.1)),
+    "weights of integers": (TypeError, lambda: functional.dcl(Z, weights=IDS, temperature=0.1)),
+    "sigma 0": (ValueError, lambda: functional.dclw(Z, sigma=0.0, temperature=0.1)),
+    "tau_plus 1": (ValueError, lambda: functional.debiased_nt_xent(Z, tau_plus=1.0, temperature=0.1)),
+    "beta below 0": (ValueError, lambda: functional.hard_nt_xent(Z, beta=-1.0, temperature=0.1)),
+    "beta as a tensor": (ValueError, lambda: functional.hard_nt_xent(Z, beta=torch.tensor(1.0), temperature=0.1)),
+    "smoothing above 1": (ValueError, lambda: functional.info_nce(Z, Z, label_smoothing=1.5, temperature=0.1)),
+    "smoothing with ids": (ValueError, lambda: functional.info_nce(Z, Z, label_smoothing=0.1, ids=IDS, temperature=1)),
+    "symmetric with a queue": (ValueError, lambda: functional.info_nce(Z, Z, Z, symmetric=True, temperature=1)),
+    "ids with a queue": (ValueError, lambda: functional.info_nce(Z, Z, Z, ids=IDS, temperature=1)),
+    "own negatives of others": (ValueError, lambda: functional.info_nce(Z, Z, own_negatives=Z[None], temperature=1)),
+    "own negatives as a list": (ValueError, lambda: functional.info_nce(Z, Z, own_negatives=[], temperature=1)),
+    "log_q too short": (ValueError, lambda: functional.in_batch_softmax(Z, Z, log_q=torch.zeros(5), temperature=1)),
+    "negatives without a guide": (ValueError, lambda: functional.gist(Z, Z, Z, Z, negatives=Z, temperature=1)),
+    "guides of two sizes": (ValueError, lambda: functional.gist(Z, Z, Z, Z[:5], temperature=1)),
+    "margin strategy": (ValueError, lambda: functional.gist(Z, Z, Z, Z, margin_strategy="x", temperature=1)),
+    "supcon form": (ValueError, lambda: functional.supcon(Z, IDS, form="both", temperature=1)),
+    "too many anchors": (ValueError, lambda: functional.supcon(Z, IDS, anchors=7, temperature=1)),
+    "base temperature 0": (ValueError, lambda: functional.supcon(Z, IDS, base_temperature=0.0, temperature=1)),
+    "alpha 0": (ValueError, lambda: functional.multi_similarity(Z, IDS, alpha=0.0)),
+    "margin NaN": (ValueError, lambda: functional.triplet(Z, Z, Z, margin=math.nan)),
+    "margin as text": (TypeError, lambda: functional.triplet_all(Z, IDS, margin="0.2")),
+    "distance": (ValueError, lambda: functional.siamese(Z, Z, IDS, margin=1.0, distance="city")),
+    "similar as booleans": (TypeError, lambda: functional.siamese(Z, Z, IDS > 0, margin=1.0)),
+    "proxies of another width": (ValueError, lambda: functional.cosface(Z, Z[:, :2], IDS)),
+    "positives too short": (
+        ValueError,
+        lambda: functional.sampled_info_nce(Z, Z, IDS[:5], IDS[:, None], temperature=1),
+    ),
     "unknown reduction": (ValueError, lambda: functional.nt_xent(Z, temperature=0.1, reduction="avg")),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -87,6 +88,169 @@ def test_a_learned_temperature_moves_stays_positive_and_survives_a_checkpoint(
     assert other.log_scale == 50
 
 
+def test_nt_xent_takes_any_number_of_views(views: tuple[Tensor, Tensor]) -> None:
+    three = (*views, torch.randn(6, 5))
+    want = functional.nt_xent(torch.cat(three), temperature=0.5, views=3, normalize=True)
+    assert torch.equal(fastcl.NTXentLoss()(*three), want)
+    assert torch.equal(fastcl.NTXentLoss()(torch.stack(three, 1)), want)
+    with pytest.raises(ValueError, match="got 3 views; expected two"):
+        fastcl.DCLLoss()(torch.stack(three, 1))
+
+
+def test_nt_xent_takes_labels(views: tuple[Tensor, Tensor]) -> None:
+    labels = torch.tensor([0, 1, 0, 2, 3, 1])
+    want = functional.nt_xent(torch.cat(views), labels.repeat(2), temperature=0.5, normalize=True)
+    assert torch.equal(fastcl.NTXentLoss()(*views, labels=labels), want)
+    assert torch.equal(fastcl.NTXentLoss()(torch.cat(views), labels=labels.repeat(2)), want)
+    odd = fastcl.NTXentLoss()(torch.cat(views)[:7], labels=torch.arange(7) % 3)
+    assert odd.isfinite()
+
+
+# module, arguments after the embeddings, the function's name and its keywords
+PLAIN: dict[str, tuple[nn.Module, str, dict[str, object]]] = {
+    "dclw": (fastcl.DCLWLoss(0.2, sigma=0.4), "dclw", {"temperature": 0.2, "sigma": 0.4}),
+    "hard": (
+        fastcl.HardNTXentLoss(tau_plus=0.2, beta=0.5), "hard_nt_xent",
+        {"temperature": 0.5, "tau_plus": 0.2, "beta": 0.5},
+    ),
+    "debiased": (fastcl.HardNTXentLoss(beta=0.0), "debiased_nt_xent", {"temperature": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_two_view_modules(name: str, views: tuple[Tensor, Tensor]) -> None:
+    module, function, kwargs = PLAIN[name]
+    want = getattr(functional, function)(torch.cat(views), normalize=True, **kwargs)
+    assert torch.equal(module(*views), want)
+    assert torch.equal(module(torch.cat(views)), want)
+
+
+def test_modules_of_queries(views: tuple[Tensor, Tensor]) -> None:
+    q, k = views
+    own, ids, weights = torch.randn(6, 2, 5), torch.arange(6) // 2, torch.rand(6)
+    guides, log_q = (torch.randn(6, 4), torch.randn(6, 4)), torch.rand(6).log()
+    index, drawn = torch.arange(6), torch.randint(6, (6, 3))
+    made = [
+        (
+            fastcl.InfoNCELoss(0.2, hardness=1.0, own_hardness=2.0, label_smoothing=0.1)(q, k, own_negatives=own),
+            functional.info_nce(
+                q, k, own_negatives=own, hardness=1.0, own_hardness=2.0, label_smoothing=0.1,
+                temperature=0.2, normalize=True,
+            ),
+        ),
+        (
+            fastcl.InfoNCELoss(0.2, symmetric=True)(q, k, ids=ids, weights=weights),
+            functional.info_nce(q, k, ids=ids, weights=weights, symmetric=True, temperature=0.2, normalize=True),
+        ),
+        (
+            fastcl.InBatchSoftmaxLoss(0.2, correct_positive=False)(q, k, log_q, ids=ids),
+            functional.in_batch_softmax(
+                q, k, log_q=log_q, ids=ids, correct_positive=False, temperature=0.2, normalize=True
+            ),
+        ),
+        (
+            fastcl.GISTLoss(0.2, margin=0.1, contrast_anchors=False)(q, k, *guides),
+            functional.gist(q, k, *guides, temperature=0.2, margin=0.1, contrast_anchors=False, normalize=True),
+        ),
+        (
+            fastcl.SampledInfoNCELoss(0.2)(q, k, index, drawn),
+            functional.sampled_info_nce(q, k, index, drawn, temperature=0.2, normalize=True),
+        ),
+        (fastcl.NPairLoss(0.1)(q, k), functional.n_pair(q, k, l2=0.1)),
+        (
+            fastcl.MoCoV3Loss()(q, k, q + 1, k + 1),
+            functional.moco_v3(q, k, q + 1, k + 1, temperature=0.2, normalize=True),
+        ),
+        (
+            fastcl.CLIPLoss()(q, k, 5.0, text_scale=3.0, ids=ids),
+            functional.clip(q, k, scale=5.0, text_scale=3.0, ids=ids, normalize=True),
+        ),
+        (
+            fastcl.SigLIPLoss()(q, k, 5.0, -1.0, ids=ids),
+            functional.siglip(q, k, scale=5.0, bias=-1.0, ids=ids, normalize=True),
+        ),
+        (fastcl.NegativeCosineLoss()(q, k), functional.negative_cosine(q, k, normalize=True)),
+        (fastcl.BYOLLoss()(q, k), functional.byol(q, k, normalize=True)),
+        (
+            fastcl.TripletLoss(0.3, swap=True)(q, k, q.roll(1, 0)),
+            functional.triplet(q, k, q.roll(1, 0), margin=0.3, swap=True, normalize=True),
+        ),
+        (
+            fastcl.SiameseLoss(0.9, distance="cosine")(q, k, ids % 2),
+            functional.siamese(q, k, ids % 2, margin=0.9, distance="cosine", normalize=True),
+        ),
+    ]  # fmt: skip
+    for got, want in made:
+        assert torch.equal(got, want)
+
+
+def test_modules_of_labels(views: tuple[Tensor, Tensor]) -> None:
+    z, labels = torch.cat(views), torch.arange(12) % 4
+    cosface = fastcl.CosFaceLoss(4, 5, scale=9.0, margin=0.1)
+    made = [
+        (fastcl.SINCERELoss()(z, labels), functional.sincere(z, labels, temperature=0.1, normalize=True)),
+        (
+            fastcl.MultiSimilarityLoss(beta=9.0, epsilon=0.1)(z, labels),
+            functional.multi_similarity(z, labels, beta=9.0, epsilon=0.1, normalize=True),
+        ),
+        (
+            cosface(z, labels),
+            functional.cosface(z, cosface.proxies, labels, scale=9.0, margin=0.1, normalize=True),
+        ),
+        (
+            fastcl.SupConLoss(form="in", base_temperature=0.2)(z, labels),
+            functional.supcon(z, labels, form="in", base_temperature=0.2, temperature=0.1, normalize=True),
+        ),
+        *(
+            (fastcl.BatchTripletLoss(mining=mining)(z, labels), function(z, labels, margin=0.2, normalize=True))
+            for mining, function in {
+                "hard": functional.triplet_hard, "semi-hard": functional.triplet_semi_hard,
+                "all": functional.triplet_all,
+            }.items()
+        ),
+    ]  # fmt: skip
+    for got, want in made:
+        assert torch.equal(got, want)
+    assert list(cosface.state_dict()) == ["proxies"]
+    cosface(z, labels).backward()
+    assert cosface.proxies.grad.isfinite().all()
+
+
+def test_supcon_contrasts_one_view(views: tuple[Tensor, Tensor]) -> None:
+    labels = torch.tensor([0, 1, 0, 2, 3, 1])
+    got = fastcl.SupConLoss(contrast_mode="one", reduction="none")(torch.stack(views, 1), labels)
+    want = functional.supcon(torch.cat(views), labels.repeat(2), temperature=0.1, normalize=True, reduction="none")
+    assert_close(got, want[:6], 1e-6)
+
+
+def test_supcon_takes_a_mask_that_is_an_equivalence(views: tuple[Tensor, Tensor]) -> None:
+    z, labels = torch.stack(views, 1), torch.tensor([4, 1, 4, 2, 3, 1])
+    mask = labels[:, None] == labels
+    assert torch.equal(fastcl.SupConLoss()(z, mask=mask.float()), fastcl.SupConLoss()(z, labels))
+    assert torch.equal(fastcl.SupConLoss()(z), fastcl.SupConLoss()(z, torch.arange(6)))
+    chain = mask.clone()
+    chain[0, 1] = chain[1, 0] = True  # 0 is like 1 and like 2, but 1 is not like 2
+    one_way = mask.clone()
+    one_way[3, 4] = True
+    for bad in (chain, one_way, torch.zeros(6, 6), mask[:5]):
+        with pytest.raises(ValueError, match=r"^got (a )?mask .+; expected .+\. .+\.$"):
+            fastcl.SupConLoss()(z, mask=bad)
+    with pytest.raises(ValueError, match="got labels and a mask"):
+        fastcl.SupConLoss()(z, labels, mask=mask)
+
+
+def test_moco_of_both_views_is_the_mean_of_both_and_keeps_both_keys() -> None:
+    torch.manual_seed(0)
+    q0, k1, q1, k0 = torch.randn(4, 3, 5)
+    loss = fastcl.MoCoLoss(5, 8, 0.2)
+    one, other = copy.deepcopy(loss)(q0, k1), copy.deepcopy(loss)(q1, k0)
+    assert_close(loss(q0, k1, q1, k0), (one + other) / 2, 1e-6)
+    assert_close(loss.queue.features[:6], l2_normalize(torch.cat([k1, k0])), 0)
+    assert loss.queue.pointer == 6
+    with pytest.raises(ValueError, match="got one of query1 and key1"):
+        loss(q0, k1, q1)
+
+
 def test_a_parameter_as_temperature_is_learned_as_it_is(views: tuple[Tensor, Tensor]) -> None:
     temperature = nn.Parameter(torch.tensor(0.3))
     loss = fastcl.NTXentLoss(temperature)
@@ -111,6 +275,12 @@ def test_half_modules_keep_the_loss_in_fp32(views: tuple[Tensor, Tensor]) -> Non
         (lambda: fastcl.NTXentLoss(reduction="avg"), ValueError),
         (lambda: fastcl.NTXentLoss(torch.tensor(0.1), learn_temperature=True), TypeError),
         (lambda: fastcl.MoCoLoss(0), ValueError),
+        (lambda: fastcl.CosFaceLoss(0, 4), ValueError),
+        (lambda: fastcl.SupConLoss(form="mean"), ValueError),
+        (lambda: fastcl.SupConLoss(contrast_mode="two"), ValueError),
+        (lambda: fastcl.BatchTripletLoss(mining="easy"), ValueError),
+        (lambda: fastcl.BatchTripletLoss(distance="manhattan"), ValueError),
+        (lambda: fastcl.GISTLoss(margin_strategy="half"), ValueError),
     ],
 )
 def test_bad_hyperparameters_are_refused(make: object, kind: type[Exception]) -> None:
