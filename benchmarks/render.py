@@ -209,7 +209,7 @@ def examples(result: dict[str, Any]) -> str:
             first = [name, f"{run['cpu_seconds']:.1f}"] if not i else ["", ""]
             rows.append([*first, f"`{figure}`", *(_digits(figures[figure]) for figures in run["figures"])])
     head = ["example", "CPU s", "figure", *(f"seed {seed}" for seed in result["seeds"])]
-    return f"{markdown(head, rows)}\n\n{_measured(result)} Shares are of 1; CPU seconds are of one run."
+    return f"{markdown(head, rows)}\n\n{_measured(result)} All but `scale` are shares; CPU seconds are of one run."
 
 
 def verified(_: dict[str, Any]) -> str:

@@ -4,13 +4,14 @@ A batch holds users and the items that they chose, so popular items are in it mo
 alone, the towers therefore learn how much *more than the average user* a user wants an item, log P(item | user) - log
 Q(item), and recommend too few of the popular ones. ``InBatchSoftmaxLoss`` subtracts log Q(item) from the logits (Yi
 et al. 2019, Q is the share of an item among the choices), and the towers learn log P(item | user): what the user will
-choose. Which one to want is another question: uncorrected, they find more of the choices that few make.
+choose. Which one
+to want is another question: of the choices that few make the uncorrected towers find more.
 
     python docs/examples/recommender.py
 
 Metrics, of users that were never trained on: recall@10 of what they choose (``most_popular``: of the same ten items
-for everybody; ``possible``: of the ten with the largest P), and ``truth``, the share of those ten among the
-recommended.
+for everybody; ``possible``: of the ten with the largest P), ``truth_*``, the share of those ten that is recommended,
+and ``rare_*``, the recall of choices that are not among the hundred most popular items.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def train(world: World, towers: TwoTowers, steps: int, correct: bool) -> None:
         optimizer.step()
 
 
-def recall(wanted: Tensor, recommended: Tensor) -> float:
-    """Which share of the items wanted ``(B, W)`` is recommended ``(B, 10)``."""
-    return (wanted[:, :, None] == recommended[:, None, :]).any(2).float().mean().item()
+def recall(wanted: Tensor, recommended: Tensor, counted: Tensor | None = None) -> float:
+    """Which share of the items wanted ``(B, W)``, or of those that are counted, is recommended ``(B, 10)``."""
+    found = (wanted[:, :, None] == recommended[:, None, :]).any(2)
+    return (found if counted is None else found[counted]).float().mean().item()
 
 
 def main(steps: int = 600, seed: int = 0) -> dict[str, float]:
@@ -79,12 +81,13 @@ def main(steps: int = 600, seed: int = 0) -> dict[str, float]:
         world, towers = World(), TwoTowers()
         features, choices = world.features[USERS:], world.choices[USERS:]
         truth = world.log_p[USERS:].topk(10).indices
-        popular = torch.bincount(world.choices[:USERS].flatten()).topk(10).indices
-        result["most_popular"], result["possible"] = recall(choices, popular[None]), recall(choices, truth)
+        popular = torch.bincount(world.choices[:USERS].flatten()).topk(100).indices
+        result["most_popular"], result["possible"] = recall(choices, popular[None, :10]), recall(choices, truth)
         result["before"] = recall(choices, towers.recommend(features))
         train(world, towers, steps, correct)
         best = towers.recommend(features)
         result[name], result[f"truth_{name}"] = recall(choices, best), recall(truth, best)
+        result[f"rare_{name}"] = recall(choices, best, ~torch.isin(choices, popular))
     return result
 
 

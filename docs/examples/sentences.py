@@ -9,7 +9,7 @@ paraphrase does, so word counts point to the wrong sentence. ``InfoNCELoss`` tak
     python docs/examples/sentences.py
 
 Metric: how often the paraphrase is the nearest of all candidates, which are the paraphrases and hard negatives of 256
-new sentences (768 candidates). Without ``own_negatives`` (``main(hard=False)``) most of them are mistaken.
+new sentences (768 candidates). Without ``own_negatives`` (``main(hard=False)``) half or more are mistaken.
 """
 
 from __future__ import annotations
