@@ -4,8 +4,7 @@ A batch holds users and the items that they chose, so popular items are in it mo
 alone, the towers therefore learn how much *more than the average user* a user wants an item, log P(item | user) - log
 Q(item), and recommend too few of the popular ones. ``InBatchSoftmaxLoss`` subtracts log Q(item) from the logits (Yi
 et al. 2019, Q is the share of an item among the choices), and the towers learn log P(item | user): what the user will
-choose. Which one
-to want is another question: of the choices that few make the uncorrected towers find more.
+choose. Which one to want is another question: of the choices that few make the uncorrected towers find more.
 
     python docs/examples/recommender.py
 
