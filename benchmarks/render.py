@@ -200,6 +200,18 @@ def predicted(result: dict[str, Any]) -> str:
     )
 
 
+def examples(result: dict[str, Any]) -> str:
+    """What ``benchmarks/examples.py`` wrote: a line per figure, a column per seed."""
+    rows = []
+    for run in result["rows"]:
+        name = ", ".join([run["example"], *(f"{key}={value}" for key, value in run["settings"].items())])
+        for i, figure in enumerate(run["figures"][0]):
+            first = [name, f"{run['cpu_seconds']:.1f}"] if not i else ["", ""]
+            rows.append([*first, f"`{figure}`", *(_digits(figures[figure]) for figures in run["figures"])])
+    head = ["example", "CPU s", "figure", *(f"seed {seed}" for seed in result["seeds"])]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} All but `scale` are shares; CPU seconds are of one run."
+
+
 def verified(_: dict[str, Any]) -> str:
     """What ``benchmarks/ledger.py`` finds in all results."""
     return markdown(["kernel", "state"], [[f"`{row['kernel']}`", ledger.sentence(row)] for row in ledger.status(ROOT)])
@@ -231,6 +243,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
     "digits": ("digits.json", digits),
     "native-cpu": ("native-cpu.json", native),
+    "examples": ("examples.json", examples),
     "aot": ("aot.json", aot),
     "predicted": ("predicted-h200.json", predicted),
     "ledger": (None, verified),

@@ -1,0 +1,61 @@
+"""What the examples of docs/examples learn: each over three seeds, in full.
+
+python -m benchmarks.examples      a few minutes; writes results/examples.json
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastcl._info import commit, cpu_model, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+SEEDS = (0, 1, 2)
+VARIANTS: dict[str, list[dict[str, Any]]] = {"sentences": [{"hard": False}]}  # beside the defaults
+RESULT = Path(__file__).parent / "results" / "examples.json"
+
+
+def main() -> None:
+    """Run every example and write the result."""
+    measured_at = commit()  # before anything is written
+    rows = []
+    for path in EXAMPLES:
+        for settings in ({}, *VARIANTS.get(path.stem, [])):
+            start = time.process_time()
+            figures = [load(path).main(seed=seed, **settings) for seed in SEEDS]
+            seconds = (time.process_time() - start) / len(SEEDS)
+            rows.append({"example": path.stem, "settings": settings, "figures": figures, "cpu_seconds": seconds})
+            print(rows[-1], flush=True)
+    result = {
+        "command": "python -m benchmarks.examples",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": measured_at,
+        "versions": versions(),
+        "machine": {"device": cpu_model(), "threads": torch.get_num_threads()},
+        "seeds": SEEDS,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module; it need not be on the path."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
