@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, pairwise
-from .backends import choose
+from .backends import Pairs, choose
 
 _OPS = {"pair_reduce_grad": "grad", "contrastive_grad": "contrastive"}  # of operators named otherwise
-_SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1}
+_GUIDE = Pairs._fields.index("guide_x")
+_SOME_VALUE = {"temperature": 1.0, "scale": 1.0, "bias": 0.0, "topk": 1, "margin": 0.2}
 
 
 def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -23,7 +24,7 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Args:
         loss: a module or function, or a name in ``fastcl.functional`` or ``fastcl.pairwise``.
-        args, kwargs: its arguments; for a name, temperature, scale, bias and topk may be left out.
+        args, kwargs: its arguments; for a name, temperature, scale, bias, margin and topk may be left out.
 
     Raises:
         ValueError: no function has that name.
@@ -33,25 +34,33 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         pair_reduce (512 x 512 x 128, float32 on cpu): chunked
           not triton: needs CUDA tensors or TRITON_INTERPRET=1, got cpu
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
     from torch.func import functional_call
     from torch.utils._python_dispatch import TorchDispatchMode
 
     if isinstance(loss, str):
         loss, kwargs = _named(loss, kwargs)
     calls: dict[tuple[Any, ...], tuple[str, str, Tensor, int]] = {}
+    untraced: list[str] = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func._schema.name.removeprefix("fastcl::")
             if func.namespace == "fastcl" and name.startswith(("pair_", "contrastive")):
-                x, y = args[1:3] if isinstance(args[0], str) else args[:2]  # after `link`
+                operands = args[1:] if isinstance(args[0], str) else args  # after `link`
+                x, y = operands[:2]
                 n = len(x if y is None else y)
                 if name == "contrastive":  # raw rows
                     x = x.to(args[3])
                 elif name == "contrastive_grad":
                     x = x.to(args[4].dtype)
                 op = _OPS.get(name, name.removeprefix("pair_"))
+                if name.startswith("pair_") and operands[_GUIDE] is not None:
+                    op = "guided"
                 calls.setdefault((name, x.shape, n, x.dtype), (name, op, x, n))
             return func(*args, **(kwargs or {}))
 
@@ -60,18 +69,22 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         def faked(value: Any) -> Any:
             return fake.from_tensor(value) if isinstance(value, Tensor) else value
 
-        inputs, named = tuple(map(faked, args)), {name: faked(value) for name, value in kwargs.items()}
-        state = {}
-        if isinstance(loss, nn.Module):  # a queue must not move on, nor a parameter get a gradient
-            state = {name: faked(t) for name, t in (*loss.named_parameters(), *loss.named_buffers())}
-            result = functional_call(loss, state, inputs, named)
-        else:
-            result = loss(*inputs, **named)
-        tensors = [t for t in (*inputs, *named.values(), *state.values()) if isinstance(t, Tensor)]
-        leaves = [t for t in tensors if t.requires_grad]
-        if leaves and isinstance(result, Tensor) and result.requires_grad:
-            torch.autograd.grad(result.sum(), leaves, allow_unused=True)
-    return "\n".join(_describe(*call) for call in calls.values()) or "no fastcl kernel is called"
+        try:
+            inputs, named = tuple(map(faked, args)), {name: faked(value) for name, value in kwargs.items()}
+            state = {}
+            if isinstance(loss, nn.Module):  # a queue must not move on, nor a parameter get a gradient
+                state = {name: faked(t) for name, t in (*loss.named_parameters(), *loss.named_buffers())}
+                result = functional_call(loss, state, inputs, named)
+            else:
+                result = loss(*inputs, **named)
+            tensors = [t for t in (*inputs, *named.values(), *state.values()) if isinstance(t, Tensor)]
+            leaves = [t for t in tensors if t.requires_grad]
+            if leaves and isinstance(result, Tensor) and result.requires_grad:
+                torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+        except (DataDependentOutputException, DynamicOutputShapeException):  # the way of labels into shapes
+            untraced = ["what follows reads a size from the device, and was not traced"]
+    lines = [_describe(*call) for call in calls.values()] + untraced
+    return "\n".join(lines) or "no fastcl kernel is called"
 
 
 def _named(name: str, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

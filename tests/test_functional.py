@@ -369,6 +369,17 @@ def test_no_matrix_is_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert peak < 4 * n * n / 16, f"{peak / 2**20:.0f} MiB"
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "triplet_all"], ids=case_id)
+def test_the_family_allocates_no_matrix(case: LossCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of 4,096 rows stay under a quarter of one 4,096 x 4,096 fp32 matrix (64 MiB)."""
+    monkeypatch.setattr(_settings, "workspace_bytes", 2**20)
+    args, kwargs = case.inputs(4096 // max(case.rows(1)[0], 1), 4)
+    step = getattr(functional, case.name)
+    peak = peak_bytes(lambda: torch.autograd.grad(step(*args, **kwargs), leaves(args, kwargs)))
+    assert peak < 4 * 4096**2 / 4, f"{peak / 2**20:.0f} MiB"
+
+
 def test_dense_memory_would_be_noticed() -> None:
     """The measurement above is not blind: it sees the dense loss's matrix."""
     args, kwargs = ONE["nt_xent"].inputs(512, 4)

@@ -20,6 +20,11 @@ def pairs(masked: bool, symmetric: bool) -> Pairs:
         drop_y=keys[1],
         only_x=keys[0] % 2,
         only_y=keys[1] % 2,
+        **(
+            {}
+            if symmetric
+            else {"guide_x": torch.randn(6, 3), "guide_y": torch.randn(5, 3), "row_limit": torch.rand(6)}
+        ),
     )
 
 

@@ -26,6 +26,7 @@ from fastcl.pairwise import (
     scale_gradient,
 )
 from fastcl.reference._dense import logsumexp
+from fastcl.testing import CASES, LossCase
 
 from .conftest import DEVICE
 from .oracle import as_double, assert_close
@@ -612,6 +613,22 @@ def test_explain_says_what_is_there_on_request_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("triton",))
     text = fastcl.explain("nt_xent", torch.randn(8, 4))
     assert "not chunked: no GPU has run its kernels yet: fastcl.use_backend('chunked') asks for them" in text
+
+
+def test_explain_knows_a_guide() -> None:
+    q, k = tensors((M, D), (N, D))
+    words = fastcl.explain("pair_logsumexp", q, k, guide=guide_for(M, N))
+    assert "not triton: has no second similarity" in words
+    words = fastcl.explain("gist", q, q, *guide_for(M, M)[:2])
+    assert words.count("not triton: has no second similarity") >= 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_explain_explains_every_loss(case: LossCase) -> None:
+    args, kwargs = case.inputs(6, 8, device=DEVICE)
+    words = fastcl.explain(case.name, *args, **kwargs)
+    assert ("pair_" in words or "contrastive" in words) == (case.summed or case.name == "triplet_hard")
+    assert ("reads a size from the device" in words) == (not case.compiles)
 
 
 def test_explain_names_the_choice_and_the_reasons() -> None:
