@@ -74,9 +74,8 @@ def measure(case: LossCase, n: int, dim: int, rounds: int, skipped: str | None) 
     steps, row = contenders(case, n, dim)
     if skipped:
         del steps["dense"]
-    # Short ones take more rounds, for about a second; interleaving costs a warm-up call of each every time.
-    once = sum(map(median, interleaved_seconds(steps, rounds=1).values()))
-    seconds = interleaved_seconds(steps, rounds=max(rounds, min(31, int(1 / once))))
+    # Short calls are noisy, and cheap: they take more rounds.
+    seconds = interleaved_seconds(steps, rounds=31 if row["linear"] else max(rounds, min(15, 15_000 // n)))
     peak: dict[str, int] = {}
     for name, step in steps.items():
         native.release_workspace()  # so that taking it is counted
@@ -153,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.family", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", default="512,2048,8192")
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="at least; short calls take up to 31")
+    parser.add_argument("--rounds", type=int, default=3, help="at least; small sizes take more")
     parser.add_argument("--dense-limit-gb", type=float, default=6.0)
     parser.add_argument("--dense-limit-seconds", type=float, default=20.0)
     parser.add_argument("--losses", default="", help="only labels that contain one of these, separated by commas")
