@@ -85,6 +85,7 @@ def measure(case: LossCase, n: int, dim: int, rounds: int, skipped: str | None) 
     faster = None if skipped else median_ratio(seconds["dense"], seconds["fastcl"])
     return {
         **row,
+        "size": n,
         "dim": dim,
         "seconds": seconds,
         "median_seconds": {name: median(taken) for name, taken in seconds.items()},
@@ -111,7 +112,7 @@ def too_large(before: dict[str, Any] | None, n: int, gigabytes: float, call_seco
         return None
     if before["skipped"]:
         return str(before["skipped"])
-    factor = (n / before["rows"]) ** (1 if before["linear"] else 2)
+    factor = (n / before["size"]) ** (1 if before["linear"] else 2)
     memory = before["peak_bytes"]["dense"] * factor / 1e9
     seconds = before["median_seconds"]["dense"] * factor
     if memory > gigabytes:
@@ -122,23 +123,22 @@ def too_large(before: dict[str, Any] | None, n: int, gigabytes: float, call_seco
 
 
 def growth(rows: list[dict[str, Any]], loss: str, contender: str) -> float | None:
-    """How many times the peak memory grows from FROM to TO rows; a few less where views do not divide them."""
+    """How many times the peak memory grows from FROM to TO rows, where both were measured."""
     peaks = {
-        size: row["peak_bytes"].get(contender)
+        row["size"]: row["peak_bytes"][contender]
         for row in rows
-        for size in (FROM, TO)
-        if row["loss"] == loss and size - 8 < row["rows"] <= size
+        if row["loss"] == loss and contender in row["peak_bytes"]
     }
-    return peaks[TO] / peaks[FROM] if all(peaks.get(size) for size in (FROM, TO)) else None
+    return peaks[TO] / peaks[FROM] if FROM in peaks and TO in peaks else None
 
 
 def findings(rows: list[dict[str, Any]]) -> list[str]:
     """Sentences about every row that refutes a claim."""
     found = [
-        f"{row['loss']}, N = {row['rows']}: {row['times_faster']:.2f} x the speed of dense "
+        f"{row['loss']}, N = {row['size']:,}: {row['times_faster']:.2f} x the speed of dense "
         f"({row['median_seconds']['fastcl'] * 1e3:.1f} against {row['median_seconds']['dense'] * 1e3:.1f} ms)"
         for row in rows
-        if row["rows"] > 2000 and row["times_faster"] is not None and row["times_faster"] < NOISE
+        if row["size"] >= FROM and row["times_faster"] is not None and row["times_faster"] < NOISE
     ]
     for loss in dict.fromkeys(row["loss"] for row in rows):
         times = growth(rows, loss, "fastcl, nothing kept")
