@@ -133,18 +133,19 @@ def family(result: dict[str, Any]) -> str:
         peaks = [row[size]["peak_bytes"].get(contender) for size in (before, last)]
         return f"{peaks[1] / peaks[0]:.1f} x" if all(peaks) else ""
 
+    def figure(of: dict[str, float], contender: str, unit: float) -> str:
+        return _digits(of[contender] * unit) if contender in of else ""
+
     rows, notes = [], []
     for loss, row in losses.items():
-        if reason := row[last]["skipped"]:
-            notes.append(f"dense `{loss}` at {last:,} rows {reason}")
+        notes += [f"{name} `{loss}` at {last:,} rows {reason}" for name, reason in row[last]["skipped"].items()]
         times = [row[size]["times_faster"] for size in sizes]
-        peak = row[last]["peak_bytes"]
         rows.append(
             [
                 f"`{loss}`",
                 *("" if t is None else f"{t:.2f} x" for t in times),
-                *(_digits(row[before]["median_seconds"][name] * 1e3) for name in ("dense", ours)),
-                *(_digits(peak[name] / 1e6) if name in peak else "skipped" for name in ("dense", ours, kept_none)),
+                *(figure(row[before]["median_seconds"], name, 1e3) for name in ("dense", ours)),
+                *(figure(row[last]["peak_bytes"], name, 1e-6) for name in ("dense", ours, kept_none)),
                 growth(row, "dense"),
                 growth(row, kept_none),
             ]
