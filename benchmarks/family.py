@@ -34,15 +34,15 @@ from . import dense
 
 Step = Callable[[], object]
 _BY_LABEL = {case.label: case for case in CASES}
-_TRIPLETS = ("triplet_all", "triplet_semi_hard")
-# Tests have classes of a few rows: as many positive pairs as rows, or a few times that. Ten classes make them N² / 10.
-# Tests have one anchor, or seven proxies: no matrix to speak of. These are what such losses are used with.
+# Beside the inputs of tests, such as these losses are used with. Tests have one anchor, or seven proxies, which is no
+# matrix to speak of, and classes of a few rows: a few positive pairs per row, where ten classes make N / 10 of each.
 HALF = replace(_BY_LABEL["supcon-one"], variant="one-view")
+_OF_ALL_POSITIVES = ("triplet_all", "triplet_semi_hard")
 ROWS = (
     *CASES,
     HALF,
     replace(_BY_LABEL["cosface"], rows=lambda b: (b, b), classes=lambda n: n, variant="N-classes"),
-    *(replace(_BY_LABEL[name], classes=lambda n: 10, variant="ten-classes") for name in _TRIPLETS),
+    *(replace(_BY_LABEL[name], classes=lambda n: 10, variant="ten-classes") for name in _OF_ALL_POSITIVES),
 )
 CONTENDERS = ("dense", "fastcl")
 NOISE = 0.95  # a contender this little slower is not called slower
