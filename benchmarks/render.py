@@ -120,6 +120,51 @@ def native(result: dict[str, Any]) -> str:
     )
 
 
+def family(result: dict[str, Any]) -> str:
+    """What ``benchmarks/family.py`` wrote: a line per loss, time by size, memory at the largest, and its growth."""
+    losses: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        losses.setdefault(row["loss"], {})[row["size"]] = row
+    sizes = sorted({row["size"] for row in result["rows"]})
+    before, last = sizes[-2:]
+    ours, kept_none = "fastcl", "fastcl, nothing kept"
+
+    def growth(row: dict[int, dict[str, Any]], contender: str) -> str:
+        peaks = [row[size]["peak_bytes"].get(contender) for size in (before, last)]
+        return f"{peaks[1] / peaks[0]:.1f} x" if all(peaks) else ""
+
+    def figure(of: dict[str, float], contender: str, unit: float) -> str:
+        return _digits(of[contender] * unit) if contender in of else ""
+
+    rows, notes = [], []
+    for loss, row in losses.items():
+        notes += [f"{name} `{loss}` at {last:,} rows {reason}" for name, reason in row[last]["skipped"].items()]
+        times = [row[size]["times_faster"] for size in sizes]
+        rows.append(
+            [
+                f"`{loss}`",
+                *("" if t is None else f"{t:.2f} x" for t in times),
+                *(figure(row[before]["median_seconds"], name, 1e3) for name in ("dense", ours)),
+                *(figure(row[last]["peak_bytes"], name, 1e-6) for name in ("dense", ours, kept_none)),
+                growth(row, "dense"),
+                growth(row, kept_none),
+            ]
+        )
+    head = [
+        "row of `CASES`",
+        *(f"times faster at {size:,}" for size in sizes),
+        *(f"ms at {before:,}: {name}" for name in ("dense", ours)),
+        *(f"MB at {last:,}: {name}" for name in ("dense", ours, "nothing kept")),
+        "growth, dense",
+        "growth, nothing kept",
+    ]
+    skipped = f" Skipped: {'; '.join(notes)}." if notes else ""
+    return (
+        f"{markdown(head, rows)}\n\n{_measured(result)} Medians of interleaved rounds; a ratio is the median "
+        f"of those of each round.{skipped}"
+    )
+
+
 def digits(result: dict[str, Any]) -> str:
     """What ``benchmarks/digits.py`` wrote: probes of raw pixels, of random and of trained encoders.
 
@@ -241,6 +286,7 @@ def _spread(value: dict[str, float]) -> str:
 
 TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
+    "family-cpu": ("family-cpu.json", family),
     "digits": ("digits.json", digits),
     "native-cpu": ("native-cpu.json", native),
     "examples": ("examples.json", examples),

@@ -9,14 +9,24 @@ from pathlib import Path
 
 import pytest
 
+import fastcl
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_snippets_run() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) >= 3
+@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("docs/losses.md", 5)])
+def test_snippets_run(page: str, least: int) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(snippets) >= least
     exec("\n".join(snippets), {})
+
+
+def test_every_loss_has_a_line_in_docs_losses() -> None:
+    page = (ROOT / "docs/losses.md").read_text()
+    missing = [name for name in fastcl.functional.__all__ if f"`{name}(" not in page]
+    missing += [name for name in fastcl.__all__ if name.endswith("Loss") and f"`{name}" not in page]
+    assert not missing
 
 
 def test_tables_are_those_of_the_committed_measurements() -> None:
