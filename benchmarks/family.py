@@ -34,13 +34,11 @@ from . import dense
 
 Step = Callable[[], object]
 _BY_LABEL = {case.label: case for case in CASES}
-# Beside the inputs of tests, such as these losses are used with. Tests have one anchor, or seven proxies, which is no
-# matrix to speak of, and classes of a few rows: a few positive pairs per row, where ten classes make N / 10 of each.
-HALF = replace(_BY_LABEL["supcon-one"], variant="one-view")
+# Beside the inputs of tests, such as these losses are used with. Tests have seven proxies, which is no matrix to speak
+# of, and classes of a few rows: a few positive pairs per row, where ten classes make N / 10 of each.
 _OF_ALL_POSITIVES = ("triplet_all", "triplet_semi_hard")
 ROWS = (
     *CASES,
-    HALF,
     replace(_BY_LABEL["cosface"], rows=lambda b: (b, b), classes=lambda n: n, variant="N-classes"),
     *(replace(_BY_LABEL[name], classes=lambda n: 10, variant="ten-classes") for name in _OF_ALL_POSITIVES),
 )
@@ -55,8 +53,6 @@ def contenders(case: LossCase, n: int, dim: int) -> tuple[dict[str, Step], dict[
     args, kwargs = case.inputs(batch, dim)
     if "temperature" in kwargs:
         kwargs["temperature"] = case.numbers["temperature"]
-    if case is HALF:
-        kwargs["anchors"] = len(args[0]) // 2
     wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
     usual = dense.usual(case.name, kwargs)
 

@@ -242,11 +242,16 @@ class _Workspace:
         tiles: int = min(engine.tiles, max(0, budget - packed) // engine.tile_bytes)
         self.count = 0
         if tiles:
-            self.packed = _at_least(self.packed, packed)
-            self.tiles = _at_least(self.tiles, tiles * engine.tile_bytes + 64)
+            self._hold("packed", packed)
+            self._hold("tiles", tiles * engine.tile_bytes + 64)
             self.of = self._of(link, call)
             self.vectors = [None if t is None else t.clone() for t in call.vectors]
         return tiles
+
+    def _hold(self, name: str, size: int) -> None:
+        if len(getattr(self, name)) < size:
+            setattr(self, name, _bytes(0))  # before its successor is there, not after
+            setattr(self, name, _bytes(size))
 
     def holds(self, link: str, call: _Call) -> bool:
         """Whether the tiles are those of this gradient: everything they were computed from is compared, bit by bit."""
@@ -310,7 +315,3 @@ def _bytes(n: int) -> Tensor:
     buffer = torch.empty(n, dtype=torch.uint8)
     _C.expect_large(buffer.data_ptr(), n)
     return buffer
-
-
-def _at_least(buffer: Tensor, n: int) -> Tensor:
-    return buffer if len(buffer) >= n else _bytes(n)
