@@ -591,6 +591,18 @@ def test_no_barrier_wait_shuffle_or_mask_can_be_left_out(
     assert not unseen, "\n".join(unseen)
 
 
+def test_the_polynomial_is_as_exact_as_its_comment_says(simulator: ModuleType) -> None:
+    def worst(low: float, high: float) -> float:
+        v = torch.linspace(low, high, 50_001)
+        got = torch.tensor([simulator.exp2_by_polynomial(float(x)) for x in v], dtype=torch.double)
+        return float((got / v.double().exp2() - 1).abs().max())
+
+    assert 2.6e-6 < worst(-0.5, 0.5) < 2.7e-6  # where it is fitted
+    assert worst(-126, 127) < 2.7e-6
+    assert simulator.exp2_by_polynomial(-1e30) == simulator.exp2_by_polynomial(-126.0) > 0
+    assert math.isnan(simulator.exp2_by_polynomial(math.nan))
+
+
 TOO_MANY_ROWS = """
 #include <cstdlib>
 #include <vector>

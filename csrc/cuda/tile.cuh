@@ -25,7 +25,7 @@ __device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, i
   return p.row_bias && ptx::bound(row < p.m) ? p.row_bias[row] * to.unit : 0.0f;
 }
 
-// 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number,
+// 2^v on the units that multiply, for v of at most 127; as if v were -126 below that. v is split into a whole number,
 // which becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
 __device__ __forceinline__ float exp2_by_polynomial(float v) {
   constexpr float kWhole = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it has no fraction; and an exponent's bias

@@ -1,5 +1,6 @@
 // Python module _simulated: the CUDA kernels, run by the simulator on addresses of ordinary memory.
 #include "../cuda/bindings.hpp"
+#include "../cuda/tile.cuh"
 #include "simulator.hpp"
 
 static std::vector<decltype(sim::left_out)> listed;
@@ -29,5 +30,6 @@ PYBIND11_MODULE(_simulated, module) {
   // Until they are freed, touching these bytes is an error, where the simulator was built with AddressSanitizer.
   module.def("forbid",
              [](fastcl::cuda::Address begin, size_t bytes) { sim::forbid(reinterpret_cast<void*>(begin), bytes); });
+  module.def("exp2_by_polynomial", fastcl::cuda::exp2_by_polynomial);
   module.attr("sanitized") = sim::kSanitized;
 }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _settings
-from . import Pairs, Sides, tf32_is_allowed
+from . import Pairs, Sides, tf32_is_allowed, unit_pairs
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -262,7 +262,7 @@ def contrastive(
     keys, ranges = (_new(x, *shape, dtype=torch.long) for shape in ((2 * b,), (_blocks(2 * b, _SHORTEST_RANGE), 2)))
     lse = _new(x, 2 * b if one_set or both else b)
     loss = _new(x, len(lse))
-    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call = _Call("exp", unit_pairs(z, keys, scale, one_set))
     call.bounds, call.ranges = None if normalize else _new(x, 4, call.kernels.parts), (_address(ranges),) * 2
     call.launch(
         "prepare", _blocks(b, call.kernels.views_rows) if normalize else call.kernels.parts,
@@ -285,7 +285,7 @@ def contrastive_grad(
     z, length, positive, lse, keys, ranges = saved
     b, one_set = len(z) // 2, y is None
     want_y = want_y and not one_set
-    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call = _Call("exp", unit_pairs(z, keys, scale, one_set))
     call.ranges = (_address(ranges),) * 2
     # the anchors of the first view and, where there are any, those of the second
     first, second = (call.upstream(lse[half], grad[half], positive[half]) for half in (slice(b), slice(b, None)))
@@ -305,13 +305,6 @@ def contrastive_grad(
         _DTYPES[x.dtype], _DTYPES[z.dtype],
     )  # fmt: skip
     return dx, dy, dots
-
-
-def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
-    """Every row against the rows of other pairs; of two sets, the first half against the second."""
-    half = len(z) // 2
-    x, y = (z, z) if one_set else (z[:half], z[half:])
-    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
 
 
 def processors(device: torch.device) -> int:
