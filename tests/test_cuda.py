@@ -603,6 +603,52 @@ def test_the_polynomial_is_as_exact_as_its_comment_says(simulator: ModuleType) -
     assert math.isnan(simulator.exp2_by_polynomial(math.nan))
 
 
+def test_tf32_products_in_the_simulator(simulator: ModuleType) -> None:
+    a, b = (torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in (16, 8))
+    out = torch.empty(16, 8)
+    simulator.tf32(a.data_ptr(), b.data_ptr(), out.data_ptr(), 24)
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:  # to 11 bits
+        mantissa, exponent = torch.frexp(t.double())
+        return torch.ldexp((mantissa * 2**11).round(), exponent - 11)
+
+    assert_close(out, rounded(a) @ rounded(b).T, 1e-6)  # sums in fp32
+    assert not torch.allclose(out, a @ b.T, rtol=1e-5)
+
+
+def test_stores_of_the_copy_engine_in_the_simulator(simulator: ModuleType) -> None:
+    """Boxes by way of one place in shared memory: each fence, wait and barrier is left out, and must be missed."""
+    rows, depth, pitch = 150, 72, 80
+    x = torch.randn(rows, pitch, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def fault(seed: int) -> str:
+        out = torch.full((rows + 1, pitch), torch.nan, dtype=torch.bfloat16)
+        simulator.seed(seed)
+        try:
+            simulator.negate(x.data_ptr(), out.data_ptr(), rows, depth, pitch)
+        except RuntimeError as error:
+            return str(error)
+        inside, right, below = out[:rows, :depth], out[:rows, depth:], out[rows:]
+        is_right = torch.equal(inside, -x[:, :depth]) and right.isnan().all() and below.isnan().all()
+        return "" if is_right else "wrong results"
+
+    simulator.forget_places()
+    assert not any(map(fault, SEEDS))
+    found: dict[str, str] = {}
+    for number, place in enumerate(simulator.places()):
+        simulator.leave_out(number)
+        found[place] = "; ".join(filter(None, map(fault, SEEDS)))
+    simulator.leave_out(-1)
+    assert all(found.values()), found
+    for instruction, said in {
+        "fence.proxy.async": "a box is stored that was written after the last fence",
+        "cp.async.bulk.commit_group": "a thread ended with stores that nothing waited for",
+        "cp.async.bulk.wait_group.read": "a box was overwritten before its store had read it",
+        "cp.async.bulk.wait_group": "a thread ended with stores that nothing waited for",
+    }.items():
+        assert any(place.partition(" ")[0] == instruction and said in found[place] for place in found), found
+
+
 TOO_MANY_ROWS = """
 #include <cstdlib>
 #include <vector>
