@@ -78,7 +78,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* from, int fir
   }
 }
 
-// What is multiplied: fp32 numbers are split into two of bf16, whose sum differs from them by 2^-18 of it at most.
+// What is multiplied: fp32 numbers are split into two of bf16, whose sum is off by 2^-18 of them at most.
 template <Dtype T>
 constexpr bool kSplit = T == Dtype::f32;
 template <Dtype T>

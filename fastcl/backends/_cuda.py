@@ -93,11 +93,11 @@ def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = Non
     sides = [
         (pairs, _addresses(parts, out, positive, losses), (len(parts), _blocks(len(out), _THREADS)))
         for pairs, parts, out, losses in (
-            (call.pairs(call.given), row_parts, row, loss), (call.swapped(call.given), col_parts, col, col_loss)
+            (call.pairs(call.rows), row_parts, row, loss), (call.swapped(call.rows), col_parts, col, col_loss)
         )
     ]  # fmt: skip
     blocks = sum(counts[1] for *_, counts in sides)
-    call.launch("finish", blocks, *sides, call.given.dtype, call.link, _address(call.bounds), room)
+    call.launch("finish", blocks, *sides, call.rows.dtype, call.link, _address(call.bounds), room)
 
 
 def _plan(
@@ -161,7 +161,7 @@ def _grad(
         (call.swapped(), upstream[::-1], call.n, call.m, of_cols, col_blocks),
     ):
         splits = _splits(call.device, row_blocks + col_blocks, _blocks(other, cols))
-        shapes = ((splits, count, call.given.depth), (splits, count), (splits, count))
+        shapes = ((splits, count, call.rows.depth), (splits, count), (splits, count))
         parts = [_new(call.tensors[0], *(shape if w else (0,))) for shape, w in zip(shapes, want, strict=True)]
         results += parts
         sides.append((pairs, vectors, _addresses(*parts), (blocks, splits)))
@@ -333,9 +333,9 @@ class _Call:
         (self.m, depth), self.n = pairs.x.shape, len(pairs.y)
         x = self.keep(_aligned(pairs.x))
         y = x if pairs.symmetric else self.keep(_aligned(pairs.y))
-        self.given = self.operands = _Rows((_address(x), _address(y)), depth, _DTYPES[pairs.x.dtype])
+        self.rows = self.operands = _Rows((_address(x), _address(y)), depth, _DTYPES[pairs.x.dtype])
         # of x and of y: what strips of weights are multiplied by
-        self.planes: tuple[tuple[int, ...], ...] = tuple((at,) for at in self.given.at)
+        self.planes: tuple[tuple[int, ...], ...] = tuple((at,) for at in self.rows.at)
         if pairs.x.dtype == torch.float32:
             self.split(pairs.x, pairs.y)
         reals = (pairs.scale, pairs.row_bias, pairs.col_bias, pairs.row_ceiling, pairs.col_ceiling)
@@ -398,7 +398,7 @@ class _Call:
         half = len(z) // 2
         first, second = (x[:half], x[half:]) if y is None else (x, y)
         rows = (self.keep(_aligned(first)), self.keep(_aligned(second)))
-        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.given.depth)
+        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.rows.depth)
 
     def find_bounds(self, bounds: bool) -> None:
         """Bounds on what a logit is made of, where they are wanted, and the ranges of the drop keys."""
@@ -411,7 +411,7 @@ class _Call:
             self.tensors += (row, col)
             self.ranges = (_address(row), _address(row if self.symmetric else col))
         if bounds or self.keys[0]:
-            pairs, dtype = self.pairs(self.given), self.given.dtype
+            pairs, dtype = self.pairs(self.rows), self.rows.dtype
             self.launch("bounds", self.kernels.parts, pairs, dtype, _address(self.bounds), *self.ranges)
 
     def tiles(self) -> Sequence[int]:
