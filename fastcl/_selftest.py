@@ -22,7 +22,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # fp16, bf16: logits and sums are fp32 too (tensor cores keep slightly fewer bits of a sum); a gradient is rounded to
 #       its dtype (unit roundoff 4.9e-4, 3.9e-3), and so may be the weights that it is summed from.
 # TF32: what the user allowed: operands of 11 bits, like fp16, under logits of up to 20.
-# bf16x3: the same; both operands of GPU kernels are off by 2^-18, and logits of up to 20 by 1.5e-4 at most.
+# bf16x3: the same; both operands of GPU kernels are off by 2^-18, and logits of up to 20 by 1.5e-4 at most. (Triton's
+#       interpreter, which cuts numbers where GPUs round them, stays within that too.)
 _TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-5, 1e-3), torch.bfloat16: (1e-5, 5e-3)}
 _TF32_TOLERANCES = (1e-3, 1e-2)
 _BF16X3_TOLERANCES = (5e-5, 2e-4)
