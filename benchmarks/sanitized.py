@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastcl import functional, pairwise, use_backend
+from fastcl import _settings, functional, pairwise, use_backend
 from fastcl.backends import triton, why_not
 from fastcl.testing import HOT
 
@@ -12,6 +12,7 @@ from fastcl.testing import HOT
 def main() -> None:
     """Run them; the sanitizer judges."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _settings.fp32 = "auto"
         for strips_from, d in ((2049, 41), (1, 300)):
             triton._STRIPS_FROM = strips_from
             _losses("triton", d, dtype)
@@ -20,6 +21,7 @@ def main() -> None:
             for topk in (1, 5, 300):
                 pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
         _frozen("triton", rows)
+        _settings.fp32 = "bf16x3"  # CUDA C++ serves fp32 rows by nothing else
         for d in (40, 128, 200, 520):
             rows = torch.randn(37, d, device="cuda", dtype=dtype)
             if reason := why_not("native", "reduce", rows):

@@ -3,8 +3,9 @@
 ``FASTCL_BACKEND``       force one backend for the whole process (as ``fastcl.use_backend`` does for a block)
 ``FASTCL_CACHE_DIR``     folder of what ``fastcl tune`` found; the user's cache folder when unset
 ``FASTCL_CPU_ISA``       run the native kernels of a lower instruction set than the machine's best: avx2, baseline, ...
-``FASTCL_FP32``          how Triton kernels multiply fp32 rows: auto (in fp32, or TF32 where torch may) or bf16x3 (each
-                         number as the sum of two bf16 numbers: nearly fp32, on the matrix units)
+``FASTCL_FP32``          how GPU kernels multiply fp32 rows: auto (in fp32, or TF32 where torch may) or bf16x3 (each
+                         number as the sum of two bf16 numbers: nearly fp32, on the matrix units). Those of CUDA C++
+                         know bf16x3 only, and serve fp32 rows where that or TF32 is allowed
 ``FASTCL_WORKSPACE_MB``  scratch memory a kernel may use beside its inputs and outputs, in MiB
 
 ``FASTCL_NATIVE``, ``FASTCL_CXXFLAGS`` and ``FASTCL_CUDA_ARCHS`` are read by setup.py.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +65,21 @@ def test_every_cuda_kernel_was_compiled(compiled_cuda: list[aot.Compiled]) -> No
                 assert all(row.loop["products"] and row.shared_bytes > two_tiles for row in rows)
 
 
+def test_instructions_that_only_probes_use(tmp_path: Path) -> None:
+    """The simulator knows them, and their PTX compiles to what it says."""
+    try:
+        nvcc = setup.find_nvcc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    probes, cubin = aot.ROOT / "csrc" / "sim" / "probes.cuh", str(tmp_path / "probes.cubin")
+    subprocess.run([nvcc, "-std=c++20", "-arch=sm_90a", "-cubin", "-x", "cu", probes, "-o", cubin], check=True)
+    code = aot._tool("nvdisasm", "-c", cubin)
+    assert "HMMA.1688.F32.TF32" in code and "UTMASTG.2D" in code
+
+
 def instantiations(source: str) -> Iterator[str]:
     """Names of what a source that multiplies holds."""
-    for dtype in ("bf16", "f16"):
+    for dtype in ("f32", "bf16", "f16")[source in setup.HOPPER_SOURCES :]:  # Hopper reads fp32 rows as rows of bf16
         for link in ("exp", "softplus"):
             if source != "hopper_wide":
                 yield from (f"{source}<{dtype}, {depth}, {link}>" for depth in (64, 128, 256))

@@ -112,14 +112,14 @@ inline void bind_strips(pybind11::module_ module) {
   using Free = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.def("weights",
              [](const PairsTuple& pairs, const SidesTuple& sides, int dtype, int link,
-                const std::array<Address, 4>& at, i64 pitch, const std::array<int, 4>& plan, int blocks,
+                const std::array<Address, 4>& at, i64 pitch, i64 low, const std::array<int, 4>& plan, int blocks,
                 Address stream) {
                const auto& [row_span, col_span, row_spans, units] = plan;
                const GradSide side{pairs_from(pairs), sides_from(sides)};
                const Sums to{nullptr,  pointer<float>(at[0]), pointer<float>(at[1]), 0, row_span,
                              col_span, row_spans,             units};
-               hopper_weights(side, Dtype(dtype), Link(link), to, {pointer<void>(at[2]), pitch, pointer<float>(at[3])},
-                              {blocks, pointer<void>(stream)});
+               const Strip strip{pointer<void>(at[2]), pitch, low, pointer<float>(at[3])};
+               hopper_weights(side, Dtype(dtype), Link(link), to, strip, {blocks, pointer<void>(stream)});
              },
              Free());
   module.def("product",

@@ -27,7 +27,7 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
   const Logits to = logits_of<L>(p);
   const RowFactors<L> row_factors(side, to, first_row, balance);
 
-  float out[D / 8][4] = {}, weight_total[2] = {}, total[2] = {};
+  float out[D / (kSplit<T> ? 16 : 8)][4] = {}, weight_total[2] = {}, total[2] = {};
   const int tile_count = (p.n + BN - 1) / BN, each = (tile_count + side.splits - 1) / side.splits;
   // no split is empty
   const int begin = split * each * BN, end = min(begin + each * BN, p.n);
@@ -57,21 +57,28 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
     if (side.out) {
 #pragma unroll
       for (int k = 0; k < BN; k += 16) {
-        uint32_t a[4];
-        pack_operand<T>(a, w[k / 8], w[k / 8 + 1]);
+        uint32_t a[4], rest[4];
+        pack_operand<kOperand<T>>(a, w[k / 8], w[k / 8 + 1]);
+        if constexpr (kSplit<T>) pack_rest<kOperand<T>>(rest, a, w[k / 8], w[k / 8 + 1]);
 #pragma unroll
         for (int d = 0; d < D; d += 16) {
           uint32_t y[4];
           ptx::ldmatrix_x4_trans(y, tile + ((k + lane % 16) * kPitch<D> + d + lane / 16 * 8) * 2);
-          ptx::mma_m16n8k16<T>(out[d / 8], a, y[0], y[1]);
-          ptx::mma_m16n8k16<T>(out[d / 8 + 1], a, y[2], y[3]);
+          if constexpr (kSplit<T>) {  // the high and the low parts of eight features
+            ptx::mma_m16n8k16<kOperand<T>>(out[d / 16], rest, y[0], y[1]);
+            ptx::mma_m16n8k16<kOperand<T>>(out[d / 16], a, y[2], y[3]);
+            ptx::mma_m16n8k16<kOperand<T>>(out[d / 16], a, y[0], y[1]);
+          } else {
+            ptx::mma_m16n8k16<T>(out[d / 8], a, y[0], y[1]);
+            ptx::mma_m16n8k16<T>(out[d / 8 + 1], a, y[2], y[3]);
+          }
         }
       }
     }
     __syncthreads();  // the tile and the factors may be overwritten now
   }
   store_totals(side, balance, first_row, split, weight_total, total);
-  store_rows(side, balance, first_row, split, 0, out);
+  store_rows<T>(side, balance, first_row, split, 0, out);
 }
 
 // Blocks take the rows, and after them the columns, which are the rows of the transposed matrix.

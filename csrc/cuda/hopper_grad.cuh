@@ -134,7 +134,7 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
     }
     store_totals(side, balance, own, split, weight_total, total);
 #pragma unroll
-    for (int d = 0; d < D; d += OUT) store_rows(side, balance, own, split, d, out[d / OUT]);
+    for (int d = 0; d < D; d += OUT) store_rows<T>(side, balance, own, split, d, out[d / OUT]);
   }
 }
 

@@ -10,7 +10,7 @@ template <bool WEIGHTS>
 void wide(const GradSide& side, Dtype dtype, Link link, const Sums& plan, const Strip& strip, Target target) {
   const Pairs& p = side.pairs;
   const auto x = tensor_map(p.x, p.m, p.depth, p.depth, dtype), y = tensor_map(p.y, p.n, p.depth, p.depth, dtype);
-  with_link(dtype, link, [&]<Dtype T, Link L>() {
+  with_link<Dtype::bf16, Dtype::f16>(dtype, link, [&]<Dtype T, Link L>() {
     run<3 * hopper::kGroup>(hopper::hopper_wide_kernel<T, L, WEIGHTS>, target, hopper::WideLayout::kBytes, x, y, side,
                             plan, strip);
   });

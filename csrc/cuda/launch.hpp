@@ -10,7 +10,9 @@ constexpr int kParts = 128;  // blocks that look for bounds; each writes a part
 constexpr int kRange = 32;   // rows that share a range of drop keys
 
 // The implicit matrix, as fastcl.backends.Pairs. Null where absent; rows are contiguous, 16-byte aligned, and of a depth
-// that is a multiple of 8.
+// that is a multiple of 8. fp32 numbers are multiplied as sums of two of bf16. Rows of f32 are to sm_80's sums and
+// gradients the higher numbers of eight features, then the lower ones, and so on, in a depth of both; to bounds and
+// results they are floats. Hopper's kernels take rows of bf16 three times as long: (high, high, low) (high, low, high).
 struct Pairs {
   const void *x, *y;
   int m, n, depth;
@@ -77,10 +79,11 @@ struct RestoreSide {
   int splits, pitch;
 };
 
-// Weights of a strip of rows, in the dtype of the rows: (M, pitch); and their gain.
+// Weights of a strip of rows, in the dtype of the rows: (M, pitch); and their gain. `low` numbers later, where that is
+// not 0, stands what rounding left of them.
 struct Strip {
   void* weights;
-  i64 pitch;
+  i64 pitch, low;
   float* gain;
 };
 
@@ -97,7 +100,7 @@ struct Target {  // of a launch
   void* stream;
 };
 
-// Rows are bf16 or f16. They throw std::runtime_error with CUDA's words.
+// Rows are bf16, f16 or f32. They throw std::runtime_error with CUDA's words.
 void bounds(const Pairs&, Dtype, float* bounds, i64* row_ranges, i64* col_ranges, Target);
 void sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void finish(const FinishSide& rows, const FinishSide& cols, Dtype, Link, const float* bounds, int room, Target);
@@ -106,7 +109,7 @@ void grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
 void prepare(const Views&, Dtype raw, Dtype, float* bounds, i64* keys, i64* ranges, Target);
 void restore(const Views&, const Sides&, const RestoreSide& x, const RestoreSide& y, Dtype raw, Dtype, Target);
 
-// The same by wgmma and the copy engine, in libraries built for sm_90a.
+// The same by wgmma and the copy engine, in libraries built for sm_90a. Rows are bf16 or f16.
 void hopper_sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
 // For rows of any depth: sums; weights of a strip, with their sums, where the plan has room for them; products with those.

@@ -78,8 +78,15 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* from, int fir
   }
 }
 
+// What is multiplied: fp32 numbers are split into two of bf16, whose sum is off by 2^-18 of them at most.
+template <Dtype T>
+constexpr bool kSplit = T == Dtype::f32;
+template <Dtype T>
+constexpr Dtype kOperand = kSplit<T> ? Dtype::bf16 : T;
+
 // <x_i, y_j> of the 16 rows of this warp and BN columns. acc[j][2 h + e] belongs to row lane / 4 + 8 h and column
-// 8 j + 2 (lane % 4) + e.
+// 8 j + 2 (lane % 4) + e. Of split numbers, a step of 16 has eight high parts and eight low ones: multiplied as they
+// are, and with those of the columns exchanged.
 template <Dtype T, int D, int BN>
 __device__ __forceinline__ void products(float (&acc)[BN / 8][4], uint32_t rows, uint32_t cols) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -95,8 +102,12 @@ __device__ __forceinline__ void products(float (&acc)[BN / 8][4], uint32_t rows,
     for (int j = 0; j < BN; j += 16) {
       uint32_t b[4];
       ptx::ldmatrix_x4(b, b_at + (j * kPitch<D> + k) * 2);
-      ptx::mma_m16n8k16<T>(acc[j / 8], a, b[0], b[1]);
-      ptx::mma_m16n8k16<T>(acc[j / 8 + 1], a, b[2], b[3]);
+      if constexpr (kSplit<T>) {
+        ptx::mma_m16n8k16<kOperand<T>>(acc[j / 8], a, b[1], b[0]);
+        ptx::mma_m16n8k16<kOperand<T>>(acc[j / 8 + 1], a, b[3], b[2]);
+      }
+      ptx::mma_m16n8k16<kOperand<T>>(acc[j / 8], a, b[0], b[1]);
+      ptx::mma_m16n8k16<kOperand<T>>(acc[j / 8 + 1], a, b[2], b[3]);
     }
   }
 }

@@ -75,6 +75,22 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// In the upper 19 bits, rounded to the nearest.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+
+// d (16 x 8, fp32) += a (16 x 8) b (8 x 8)
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // 16 bytes to shared memory, zeros where not inside; `from` is a valid address even then.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool inside) {
   const int bytes = inside ? 16 : 0;
@@ -140,6 +156,30 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& from, uin
           to),
       "l"(&from), "r"(barrier), "r"(feature), "r"(row)
       : "memory");
+}
+
+// By every thread that wrote to shared memory, before a barrier and a store of what it wrote.
+__device__ __forceinline__ void store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Begins to copy a box of 64 rows and 64 features, in the 128-byte swizzle, to (row, feature); what is outside is not
+// written.
+__device__ __forceinline__ void store_box(const TensorMap& to, uint32_t from, int feature, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&to), "r"(from),
+               "r"(feature), "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the last N groups of this thread's stores have been read from shared memory, or written.
+template <int N>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+template <int N>
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // Barriers of some of the block's warps, by number; those who arrive do not wait.

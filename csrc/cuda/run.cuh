@@ -65,14 +65,13 @@ void with_depth(int depth, F f) {
     throw std::runtime_error("rows of " + std::to_string(depth) + " features; the kernels hold up to 256");
 }
 
-template <class F>
+// Calls f with one of these dtypes, and with a link, as compile-time constants.
+template <Dtype... TYPES, class F>
 void with_link(Dtype dtype, Link link, F f) {
-  if (dtype == Dtype::bf16)
-    link == Link::exp ? f.template operator()<Dtype::bf16, Link::exp>()
-                      : f.template operator()<Dtype::bf16, Link::softplus>();
-  else
-    link == Link::exp ? f.template operator()<Dtype::f16, Link::exp>()
-                      : f.template operator()<Dtype::f16, Link::softplus>();
+  const auto with = [&]<Dtype T>() {
+    link == Link::exp ? f.template operator()<T, Link::exp>() : f.template operator()<T, Link::softplus>();
+  };
+  ((dtype == TYPES ? with.template operator()<TYPES>() : void()), ...);
 }
 
 }  // namespace fastcl::cuda

@@ -25,7 +25,7 @@ __device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, i
   return p.row_bias && ptx::bound(row < p.m) ? p.row_bias[row] * to.unit : 0.0f;
 }
 
-// 2^v on the units that multiply, for v of at most 128; as if v were -126 below that. v is split into a whole number,
+// 2^v on the units that multiply, for v of at most 127; as if v were -126 below that. v is split into a whole number,
 // which becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
 __device__ __forceinline__ float exp2_by_polynomial(float v) {
   constexpr float kWhole = 12582912.0f + 127.0f;  // 1.5 * 2^23: a sum with it has no fraction; and an exponent's bias
@@ -190,6 +190,12 @@ __device__ __forceinline__ void add_weights(const float (&w)[BN / 8][4], bool wa
   for (int i = 0; i < BN / 2; i++) weight_total[i / 2 % 2] += w[i / 4][i % 4];
 }
 
+// What rounding two numbers left of them.
+template <Dtype T>
+__device__ __forceinline__ uint32_t rest2(float low, float high, uint32_t rounded) {
+  return ptx::narrow2<T>(low - ptx::widen<T>(uint16_t(rounded)), high - ptx::widen<T>(uint16_t(rounded >> 16)));
+}
+
 // Writes weights for the products that follow. A pair of columns may be half outside, where nobody reads.
 template <Dtype T, int BN>
 __device__ __forceinline__ void store_weights(const Strip& strip, const Pairs& p, int row, int col,
@@ -199,9 +205,13 @@ __device__ __forceinline__ void store_weights(const Strip& strip, const Pairs& p
     if (!ptx::guard(row + 8 * h < p.m)) continue;
     uint16_t* to = static_cast<uint16_t*>(strip.weights) + (row + 8 * h) * strip.pitch + col;
 #pragma unroll
-    for (int b = 0; b < BN / 8; b++)
-      if (ptx::guard(col + 8 * b < p.n))
-        *reinterpret_cast<uint32_t*>(to + 8 * b) = ptx::narrow2<T>(w[b][2 * h], w[b][2 * h + 1]);
+    for (int b = 0; b < BN / 8; b++) {
+      if (!ptx::guard(col + 8 * b < p.n)) continue;
+      const float first = w[b][2 * h], second = w[b][2 * h + 1];
+      const uint32_t rounded = ptx::narrow2<T>(first, second);
+      *reinterpret_cast<uint32_t*>(to + 8 * b) = rounded;
+      if (strip.low) *reinterpret_cast<uint32_t*>(to + strip.low + 8 * b) = rest2<T>(first, second, rounded);
+    }
   }
 }
 
@@ -212,6 +222,16 @@ __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&low
   a[1] = ptx::narrow2<T>(low[2], low[3]);
   a[2] = ptx::narrow2<T>(high[0], high[1]);
   a[3] = ptx::narrow2<T>(high[2], high[3]);
+}
+
+// What that left of them.
+template <Dtype T>
+__device__ __forceinline__ void pack_rest(uint32_t (&rest)[4], const uint32_t (&a)[4], const float (&low)[4],
+                                          const float (&high)[4]) {
+  rest[0] = rest2<T>(low[0], low[1], a[0]);
+  rest[1] = rest2<T>(low[2], low[3], a[1]);
+  rest[2] = rest2<T>(high[0], high[1], a[2]);
+  rest[3] = rest2<T>(high[2], high[3], a[3]);
 }
 
 // Writes the sums of weights and the results of a thread's two rows, `row` and the eighth after it.
@@ -234,10 +254,10 @@ __device__ __forceinline__ void store_totals(const GradSide& side, const Balance
 }
 
 // Writes features first .. first + 8 K of a thread's two rows of the gradient.
-template <int K>
+template <Dtype T, int K>
 __device__ __forceinline__ void store_rows(const GradSide& side, const Balance& balance, int row, int split, int first,
                                            const float (&out)[K][4]) {
-  const int depth = side.pairs.depth, lane = threadIdx.x % 32;
+  const int depth = side.pairs.depth / (kSplit<T> ? 2 : 1), lane = threadIdx.x % 32;
   if (!side.out) return;
 #pragma unroll
   for (int h = 0; h < 2; h++) {

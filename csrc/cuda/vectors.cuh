@@ -5,16 +5,24 @@
 
 namespace fastcl::cuda {
 
+// Of a matrix of rows.
+template <Dtype T>
+__device__ __forceinline__ float number(const void* rows, i64 at) {
+  if constexpr (T == Dtype::f32)
+    return static_cast<const float*>(rows)[at];
+  else
+    return ptx::widen<T>(static_cast<const uint16_t*>(rows)[at]);
+}
+
 // The largest squared length among this block's share of rows; +inf where one is NaN. A warp reads a row.
 template <Dtype T>
-__device__ __forceinline__ float longest(const void* from, int count, int depth) {
-  const uint16_t* rows = static_cast<const uint16_t*>(from);
+__device__ __forceinline__ float longest(const void* rows, int count, int depth) {
   const int lane = threadIdx.x % 32;
   float most = 0.0f;
   for (int r = blockIdx.x * kWarps + threadIdx.x / 32; r < count; r += gridDim.x * kWarps) {
     float total = 0.0f;
     for (int c = lane; c < depth; c += 32) {
-      const float v = ptx::widen<T>(rows[i64(r) * depth + c]);
+      const float v = number<T>(rows, i64(r) * depth + c);
       total += v * v;
     }
     most = fmaxf(most, nan_to_inf(warp_sum(total)));
@@ -62,11 +70,10 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(const Pairs p, float* 
 // Log-sum-exp of row i with a running maximum, by a warp: right for any logits, and slow.
 template <Dtype T>
 __device__ float online(const Pairs& p, float scale, int i) {
-  const uint16_t *x = static_cast<const uint16_t*>(p.x) + i64(i) * p.depth, *y = static_cast<const uint16_t*>(p.y);
   float peak = -INFINITY, total = 0.0f;
   for (int j = threadIdx.x % 32; j < p.n; j += 32) {
     float s = 0.0f;
-    for (int c = 0; c < p.depth; c++) s += ptx::widen<T>(x[c]) * ptx::widen<T>(y[i64(j) * p.depth + c]);
+    for (int c = 0; c < p.depth; c++) s += number<T>(p.x, i64(i) * p.depth + c) * number<T>(p.y, i64(j) * p.depth + c);
     s = s * scale + (p.row_bias ? p.row_bias[i] : 0.0f) + (p.col_bias ? p.col_bias[j] : 0.0f);
     if (!kept(p, i, j, s)) continue;
     const float higher = s != s ? s : fmaxf(peak, s);

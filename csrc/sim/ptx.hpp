@@ -78,6 +78,31 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   });
 }
 
+inline uint32_t to_tf32(float v) {  // to the nearest, and from the middle away from zero
+  return std::isfinite(v) ? (as_bits(v) + 0x1000) & ~0x1fffu : as_bits(v);
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    const uint32_t *a, *b;
+  } operands{a, b};
+  sim::collect_warp("mma.m16n8k8", &operands, &d, [](sim::Group& g) {
+    const auto number = [](uint32_t bits) { return as_float(bits & ~0x1fffu); };  // the other bits are not read
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; lane++) {
+      const auto& from = *static_cast<const Operands*>(g.argument[lane]);
+      for (int i = 0; i < 4; i++) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = number(from.a[i]);
+      for (int i = 0; i < 2; i++) b[lane % 4 + i * 4][lane / 4] = number(from.b[i]);
+    }
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) {
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+        static_cast<float*>(g.result[lane])[i] += sum;
+      }
+  });
+}
+
 inline void cp_async_16(uint32_t to, const void* from, bool inside) {
   if (reinterpret_cast<uintptr_t>(from) % 16) sim::fail("cp.async: the source is not aligned to 16 bytes");
   const sim::Copy copy{sim::shared_at(to, 16, 16), inside ? from : nullptr, sim::thread->committed};
@@ -111,6 +136,7 @@ struct TensorMap {
   int rows = 0, depth = 0;
   int64_t pitch = 0;
 };
+constexpr int kBoxBytes = 64 * 128;
 
 namespace detail {
 inline sim::Barrier& barrier_at(uint32_t address) {
@@ -155,12 +181,19 @@ void collect_group(const char* what, Compute compute) {
   sim::collect(warp_group().group, what, sim::thread->index % 128, nullptr, nullptr, compute);
 }
 
-// Eight numbers at a shared address, where the 128-byte swizzle has put them.
+// Where the 128-byte swizzle puts what would lie at an address.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Eight numbers at a shared address, where the swizzle has put them.
 template <Dtype T>
 void read_eight(uint32_t address, float* to, int stride) {
   uint16_t eight[8];
-  std::memcpy(eight, sim::shared_at(address ^ (address >> 7 & 7) << 4, 16, 16), 16);
+  std::memcpy(eight, sim::shared_at(swizzled(address), 16, 16), 16);
   for (int i = 0; i < 8; i++) to[i * stride] = widen<T>(eight[i]);
+}
+
+inline void check_alignment(const TensorMap& map) {
+  if (reinterpret_cast<uintptr_t>(map.base) % 16 || map.pitch % 8) sim::fail("a tensor map is not aligned to 16 bytes");
 }
 
 // What a descriptor of shared memory says, of which only the 128-byte swizzle is modelled.
@@ -259,29 +292,79 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity, sim::Here here = sim
 }
 
 inline void copy_box(uint32_t to, const TensorMap& from, uint32_t barrier, int feature, int row) {
-  sim::shared_at(to, 64 * 128, 1024);
+  sim::shared_at(to, kBoxBytes, 1024);
   const auto land = [=] {
     for (int r = 0; r < 64; r++)
       for (int c = 0; c < 64; c += 8) {
-        const uint32_t at = to + r * 128 + c * 2;
-        unsigned char* piece = sim::shared_at(at ^ (at >> 7 & 7) << 4, 16, 16);
+        unsigned char* piece = sim::shared_at(detail::swizzled(to + r * 128 + c * 2), 16, 16);
         for (int i = 0; i < 8; i++) {
           const bool inside = row + r < from.rows && feature + c + i < from.depth;
           const uint16_t v = inside ? from.base[(row + r) * from.pitch + feature + c + i] : 0;
           std::memcpy(piece + i * 2, &v, 2);
         }
       }
+    sim::show_to_copies(to, kBoxBytes);
     sim::Barrier& b = detail::barrier_at(barrier);
-    b.bytes -= 64 * 128;
+    b.bytes -= kBoxBytes;
     detail::end_phase_if_complete(b);
   };
-  if (reinterpret_cast<uintptr_t>(from.base) % 16 || from.pitch % 8)
-    sim::fail("a tensor map is not aligned to 16 bytes");
+  detail::check_alignment(from);
   if (!detail::barrier_at(barrier).published) sim::fail("a copy is to tell a barrier that is not published");
   if (sim::copies_land_at_once())
     land();
   else
     sim::block->landing.push_back(land);
+}
+
+inline void store_fence(sim::Here here = sim::Here::current()) {
+  if (sim::wanted("fence.proxy.async", here)) sim::show_to_copies(0, sim::block->shared_bytes);
+}
+
+inline void store_box(const TensorMap& to, uint32_t from, int feature, int row) {
+  const unsigned char* box = sim::shared_at(from, kBoxBytes, 1024);
+  detail::check_alignment(to);
+  if (std::memcmp(box, sim::block->fenced.data() + from, kBoxBytes))
+    sim::fail("a box is stored that was written after the last fence");
+  const std::vector<unsigned char> bytes(box, box + kBoxBytes);
+  const auto land = [=] {
+    for (int r = 0; r < 64 && row + r < to.rows; r++)
+      for (int c = 0; c < 64 && feature + c < to.depth; c++)
+        std::memcpy(const_cast<uint16_t*>(to.base) + (row + r) * to.pitch + feature + c,
+                    bytes.data() + detail::swizzled(r * 128 + c / 8 * 16) + c % 8 * 2, 2);
+  };
+  const bool at_once = sim::copies_land_at_once();
+  if (at_once) land();
+  sim::thread->stores.push_back({box, bytes, sim::thread->committed_stores, at_once ? [] {} : std::function(land)});
+}
+
+inline void store_commit(sim::Here here = sim::Here::current()) {
+  if (sim::wanted("cp.async.bulk.commit_group", here)) ++sim::thread->committed_stores;
+}
+
+namespace detail {
+// All but the last `left` groups have been read from shared memory, and with `land` written.
+inline void end_stores(int left, bool land) {
+  auto& stores = sim::thread->stores;
+  const auto ends = [=](const sim::Store& s) { return s.group < sim::thread->committed_stores - left; };
+  for (sim::Store& store : stores) {
+    if (!ends(store)) continue;
+    if (!store.read && std::memcmp(store.from, store.bytes.data(), kBoxBytes))
+      sim::fail("a box was overwritten before its store had read it");
+    store.read = true;
+    if (land) store.land();
+  }
+  if (land) stores.erase(std::remove_if(stores.begin(), stores.end(), ends), stores.end());
+}
+}  // namespace detail
+
+template <int N>
+void store_wait_read(sim::Here here = sim::Here::current()) {
+  if (sim::wanted("cp.async.bulk.wait_group.read", here)) detail::end_stores(N, false);
+}
+
+template <int N>
+void store_wait(sim::Here here = sim::Here::current()) {
+  if (sim::wanted("cp.async.bulk.wait_group", here)) detail::end_stores(N, true);
 }
 
 inline void named_wait(int id, int threads, sim::Here here = sim::Here::current()) {

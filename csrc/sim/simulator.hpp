@@ -7,6 +7,8 @@
 //   * asynchronous copies land at once (which shows a buffer overwritten while it is read) or as late as they may: when
 //     they are waited for, those of the copy engine when nothing else can go on (which shows a missing wait); matrix
 //     products of warpgroups read their operands and write their results at once, or when they are waited for;
+//   * stores of the copy engine land as early or as late, and shared memory that changes before they have read it, or
+//     that changed after the last fence, is an error (whose writes a fence was to show is not known);
 //   * shared memory is NaN before every block, and an address outside it is an error;
 //   * collectives that diverge, wait for ever, or are given misaligned addresses are errors; so are barriers that are
 //     used before they are made, and that are told of too many arrivals or bytes.
@@ -109,6 +111,15 @@ struct Copy {
   int group;
 };
 
+// A box that the copy engine carries from shared memory to memory. `group` as above, of stores.
+struct Store {
+  const unsigned char* from;
+  std::vector<unsigned char> bytes;  // as they were when it began, and must be until they have been read
+  int group;
+  std::function<void()> land;
+  bool read = false;
+};
+
 struct Thread {
   unsigned index = 0, lane = 0, warp = 0;
   Fiber fiber;
@@ -118,6 +129,8 @@ struct Thread {
   uint64_t asleep_at = 0;
   std::vector<Copy> copies;
   int committed = 0;
+  std::vector<Store> stores;
+  int committed_stores = 0;
 };
 
 // Threads that do something together.
@@ -164,6 +177,7 @@ struct Block {
   std::map<int, Group> named;
   std::map<uint32_t, Barrier> barriers;        // by address
   std::vector<std::function<void()>> landing;  // copies of the copy engine
+  std::vector<unsigned char> fenced;           // shared memory as the copy engine sees it: at the last fence
   int spare_registers = 0;
   uint64_t releases = 0;  // of registers
   std::vector<unsigned char> shared;
@@ -246,6 +260,11 @@ inline unsigned char* shared_at(uint32_t address, size_t bytes, size_t alignment
   return shared_memory() + address;
 }
 
+// From now on the copy engine sees what was written there.
+inline void show_to_copies(uint32_t address, size_t bytes) {
+  std::memcpy(block->fenced.data() + address, shared_at(address, bytes, 1), bytes);
+}
+
 inline void leave() {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
@@ -277,6 +296,10 @@ inline void run_thread() {
   try {
     block->body();
     if (!thread->copies.empty()) fail("a thread ended with copies that nothing waited for");
+    for (const Store& store : thread->stores) {
+      if (!store.read) fail("a thread ended with stores that nothing waited for");
+      store.land();
+    }
   } catch (...) {
     if (!block->error) block->error = std::current_exception();
   }
@@ -335,10 +358,13 @@ inline void run_block(uint64_t random) {
     t.asleep_on = nullptr;
     t.copies.clear();
     t.committed = 0;
+    t.stores.clear();
+    t.committed_stores = 0;
     allow(t.stack, kStack);  // frames of the block before have not been left
     t.fiber.start(t.stack, run_thread);
   }
   std::fill(block->shared.begin(), block->shared.end(), 0xff);  // NaN in every floating-point format
+  block->fenced.assign(block->shared_bytes, 0xff);
   // Of each thread, where no second block has to fit.
   const int registers = std::min(65536 / int(block->threads) / 8 * 8, 255);
   block->products.assign(block->warps.size(), Products{});

@@ -89,6 +89,13 @@ class Pairs(NamedTuple):
         )  # fmt: skip
 
 
+def unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
+    """Every row against the rows of other pairs; of two sets, the first half against the second."""
+    half = len(z) // 2
+    x, y = (z, z) if one_set else (z[:half], z[half:])
+    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
+
+
 class Sides(NamedTuple):
     """Upstream gradients of the row and the column results; the exponential link also needs those results."""
 

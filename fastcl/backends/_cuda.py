@@ -1,10 +1,15 @@
-"""CUDA C++ on a GPU (``csrc/cuda``), reached by raw addresses: fp16 and bf16 rows.
+"""CUDA C++ on a GPU (``csrc/cuda``), reached by raw addresses: fp16 and bf16 rows, and fp32 as sums of two of bf16.
 
 Here stands what is launched. Results are found in the same steps as those of the ``triton`` backend: bounds and key
 ranges, sums in parts, then a launch that adds the parts and repairs what the constant shift lost; gradients are owned
 by blocks of rows; ``contrastive`` goes from raw rows to losses and back in five launches. More than 256 features are
 for Hopper's kernels only, whose gradients then go in strips of rows. Tests run the same kernels on CPU tensors, in a
 simulator (``csrc/sim``).
+
+fp32 rows are multiplied as sums of two bf16 numbers, x = high + low, where the user allows that: by three products,
+whose dropped fourth, of the lower numbers, is 2^-18 of the first at most. Weights are split alike. sm_80 does that in
+registers, of tiles of both numbers; Hopper reads rows three times as long, and its gradients go in strips of both kinds
+of weights. Bounds, and results that need a repair, come from the rows as they are.
 """
 
 from __future__ import annotations
@@ -12,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _settings
-from . import Pairs, Sides
+from . import Pairs, Sides, tf32_is_allowed, unit_pairs
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -48,12 +53,21 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return "has no CUDA kernel for neighbours"
     if op == "guided":
         return "has no second similarity"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16 rows on a GPU, got {x.dtype}"
+    if x.dtype not in _DTYPES:
+        return f"needs float32, float16 or bfloat16 rows on a GPU, got {x.dtype}"
+    is_split = x.dtype == torch.float32
+    if is_split and not (_settings.fp32 == "bf16x3" or tf32_is_allowed()):
+        return (
+            "multiplies float32 rows on a GPU as sums of two bfloat16 numbers only: set FASTCL_FP32=bf16x3, or allow "
+            "torch TF32, which is less exact"
+        )
+    if is_split and op == "contrastive":
+        return "has no fused contrastive operation for float32 rows"
     if x.shape[1] % 8 or x.shape[1] == 0:
         return f"needs a multiple of 8 features on a GPU, got {x.shape[1]}"
-    if x.shape[1] > kernels.deepest and (op == "contrastive" or family(x.device) == "ampere"):
-        return f"takes at most {kernels.deepest} features on this GPU, got {x.shape[1]}"
+    deepest = kernels.deepest // (2 if is_split else 1)
+    if x.shape[1] > deepest and (op == "contrastive" or family(x.device) == "ampere"):
+        return f"takes at most {deepest} features of {x.dtype} on this GPU, got {x.shape[1]}"
     return None
 
 
@@ -71,26 +85,29 @@ def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
 def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = None, loss: Tensor | None = None) -> None:
     """Writes the results of rows and (unless empty) columns; from the logits of partners, the losses of both."""
     m, n, both = call.m, call.n, len(col) > 0
-    plan, blocks, (row_parts, col_parts) = _plan(call, True, both)
+    plan, blocks, (row_parts, col_parts) = _plan(call, call.tiles(), True, both)
     room = 126 - (max(m, n) - 1).bit_length()
     call.launch(
-        "sums", blocks, call.pairs, call.dtype, call.link, _addresses(call.bounds, row_parts, col_parts), (room, *plan)
-    )
+        "sums", blocks, call.pairs(), call.operands.dtype, call.link,
+        _addresses(call.bounds, row_parts, col_parts), (room, *plan),
+    )  # fmt: skip
     col_loss = loss if loss is None else loss[m:]
     sides = [
         (pairs, _addresses(parts, out, positive, losses), (len(parts), _blocks(len(out), _THREADS)))
         for pairs, parts, out, losses in (
-            (call.pairs, row_parts, row, loss), (call.swapped(), col_parts, col, col_loss)
+            (call.pairs(call.rows), row_parts, row, loss), (call.swapped(call.rows), col_parts, col, col_loss)
         )
     ]  # fmt: skip
     blocks = sum(counts[1] for *_, counts in sides)
-    call.launch("finish", blocks, *sides, call.dtype, call.link, _address(call.bounds), room)
+    call.launch("finish", blocks, *sides, call.rows.dtype, call.link, _address(call.bounds), room)
 
 
-def _plan(call: _Call, of_rows: bool, of_cols: bool) -> tuple[tuple[int, ...], int, tuple[Tensor, Tensor]]:
+def _plan(
+    call: _Call, tiles: Sequence[int], of_rows: bool, of_cols: bool
+) -> tuple[tuple[int, ...], int, tuple[Tensor, Tensor]]:
     """How the matrix is cut into units of spans, by how many blocks, and the parts of the sums that are wanted."""
     m, n, x = call.m, call.n, call.tensors[0]
-    rows, cols, _, _, parts, at_once = call.tiles()
+    rows, cols, _, _, parts, at_once = tiles
     if call.symmetric:
         row_span = col_span = _span(n, max(rows, cols), _SPANS)
         row_spans = _blocks(n, row_span)
@@ -121,7 +138,7 @@ def grad(
 
         dx, dy = zeros(want_dx, m, d), zeros(want_dy, n, d)
         return dx, dy, zeros(want_sums, m), zeros(want_sums, n), zeros(want_total, m)
-    if d > call.kernels.deepest:
+    if _in_strips(pairs.x):
         return *_strips(link, pairs, sides, want_dx, want_dy, want_sums), _new(pairs.x, 0)
     call.find_bounds(False)
     upstream = call.upstreams(sides)
@@ -142,16 +159,16 @@ def _grad(
     results: list[Tensor] = []
     sides = []
     for pairs, vectors, count, other, want, blocks in (
-        (call.pairs, upstream, call.m, call.n, of_rows, row_blocks),
+        (call.pairs(), upstream, call.m, call.n, of_rows, row_blocks),
         (call.swapped(), upstream[::-1], call.n, call.m, of_cols, col_blocks),
     ):
         splits = _splits(call.device, row_blocks + col_blocks, _blocks(other, cols))
-        shapes = ((splits, count, call.depth), (splits, count), (splits, count))
+        shapes = ((splits, count, call.rows.depth), (splits, count), (splits, count))
         parts = [_new(call.tensors[0], *(shape if w else (0,))) for shape, w in zip(shapes, want, strict=True)]
         results += parts
         sides.append((pairs, vectors, _addresses(*parts), (blocks, splits)))
     programs = sum(blocks * splits for *_, (blocks, splits) in sides)
-    call.launch("grad", programs, *sides, call.dtype, call.link)
+    call.launch("grad", programs, *sides, call.operands.dtype, call.link)
     return results
 
 
@@ -163,8 +180,9 @@ def _strips(
     budget = _settings.workspace_bytes
     budget = max(64 * 2**20, 4 * (m + n) * d) if budget is None else budget
     pitch = _blocks(n, 8) * 8
-    height = max(1, min(budget // (2 * pitch * _STRIP), _blocks(m, _STRIP))) * _STRIP
-    weights, gain = _new(x, min(height, m), pitch, dtype=x.dtype), _new(x, 1)
+    planes, dtype = (2, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)  # of weights
+    height = max(1, min(budget // (2 * planes * pitch * _STRIP), _blocks(m, _STRIP))) * _STRIP
+    weights, gain = _new(x, planes, min(height, m), pitch, dtype=dtype), _new(x, 1)
     dx, row_sum = _new(x, *((m, d) if want_dx else (0,))), _new(x, m if want_sums else 0)
     dy, col_sum = _new(x, *((n, d) if want_dy else (0,))), _new(x, n if want_sums else 0)
     if symmetric:
@@ -174,18 +192,19 @@ def _strips(
         cols = slice(first if symmetric else 0, n)
         call = _Call(link, pairs.sliced(rows, cols))
         call.find_bounds(False)
-        plan, blocks, parts = _plan(call, want_sums, want_sums)
+        plan, blocks, parts = _plan(call, call.tiles_of_strips(), want_sums, want_sums)
+        low = weights.stride(0) * (planes - 1)
         call.launch(
-            "weights", blocks, call.pairs, call.upstreams(sides.sliced(rows, cols)), call.dtype, call.link,
-            _addresses(*parts, weights, gain), pitch, plan,
+            "weights", blocks, call.pairs(), call.upstreams(sides.sliced(rows, cols)), call.operands.dtype, call.link,
+            _addresses(*parts, weights, gain), pitch, low, plan,
         )  # fmt: skip
-        strip = weights[: call.m, : call.n]
+        strip = weights[:, : call.m, : call.n]
         below = slice(rows.stop, n) if symmetric else cols  # of dy, which this strip also gives to
-        given = strip[:, call.m :] if symmetric else strip
+        given = strip[:, :, call.m :] if symmetric else strip
         if want_dx:
-            _product(call, dx[rows], strip, call.rows[1], gain, add=symmetric and first > 0)
+            _product(call, dx[rows], strip, call.planes[1], gain, add=symmetric and first > 0)
         if want_dx if symmetric else want_dy:
-            _product(call, dy[below], given.T, call.rows[0], gain, add=first > 0)
+            _product(call, dy[below], given.transpose(1, 2), call.planes[0], gain, add=first > 0)
         if want_sums:
             row, col = (part.sum(0) / gain for part in parts)
             row_sum[rows] = row + row_sum[rows] if symmetric and first else row
@@ -194,23 +213,36 @@ def _strips(
     return dx, _new(x, 0) if symmetric else dy, row_sum, row_sum.clone() if symmetric else col_sum
 
 
-def _product(call: _Call, out: Tensor, weights: Tensor, y: int, gain: Tensor, add: bool) -> None:
-    """out = or += weights y / gain; ``y`` is an address."""
+def _product(call: _Call, out: Tensor, weights: Tensor, y: Sequence[int], gain: Tensor, add: bool) -> None:
+    """out = or += weights y / gain, for one plane of weights and of y, or the three products of two; y: addresses."""
     if len(out) == 0:
         return
-    (rows, depth), transposed = out.shape, weights.stride(0) == 1
-    rows_of_tile, features_of_tile, *_ = call.tiles()
-    call.launch(
-        "product", _blocks(rows, rows_of_tile) * _blocks(depth, features_of_tile),
-        (*_addresses(out, gain, weights), y), weights.stride(1) if transposed else weights.stride(0),
-        (rows, depth, weights.shape[1]), transposed, add, call.dtype,
-    )  # fmt: skip
+    (rows, depth), (_, _, inner), transposed = out.shape, weights.shape, weights.stride(1) == 1
+    rows_of_tile, features_of_tile, *_ = call.tiles_of_strips()
+    for i, j in ((0, 0), (1, 0), (0, 1))[: 2 * len(y) - 1]:
+        call.launch(
+            "product", _blocks(rows, rows_of_tile) * _blocks(depth, features_of_tile),
+            (*_addresses(out, gain, weights[i]), y[j]), weights.stride(2) if transposed else weights.stride(1),
+            (rows, depth, inner), transposed, add or i + j > 0, call.operands.dtype,
+        )  # fmt: skip
+
+
+def _planes(t: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 numbers as sums of two bf16 numbers."""
+    high = t.detach().bfloat16()
+    return high, (t.detach() - high).bfloat16()
+
+
+def _in_strips(x: Tensor) -> bool:
+    """Whether gradients go in strips of weights: no block of Hopper's owns such rows."""
+    assert kernels is not None
+    return family(x.device) == "hopper" and (x.shape[1] > kernels.deepest or x.dtype == torch.float32)
 
 
 def reduce_grad(
     link: str, pairs: Pairs, want_dx: bool, want_dy: bool, want_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    if link != "softplus" or pairs.x.shape[1] > kernels.deepest:  # type: ignore[union-attr]
+    if link != "softplus" or _in_strips(pairs.x):
         return None
     dx, dy, row_sum, _, row = grad(link, pairs, Sides(), want_dx, want_dy, want_sums, want_total=True)
     return row, dx, dy, row_sum
@@ -232,11 +264,12 @@ def contrastive(
     keys, ranges = (_new(x, *shape, dtype=torch.long) for shape in ((2 * b,), (_blocks(2 * b, _SHORTEST_RANGE), 2)))
     lse = _new(x, 2 * b if one_set or both else b)
     loss = _new(x, len(lse))
-    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call = _Call("exp", unit_pairs(z, keys, scale, one_set))
     call.bounds, call.ranges = None if normalize else _new(x, 4, call.kernels.parts), (_address(ranges),) * 2
     call.launch(
         "prepare", _blocks(b, call.kernels.views_rows) if normalize else call.kernels.parts,
-        call.views(x, y, z, length, positive), _DTYPES[x.dtype], call.dtype, *_addresses(call.bounds, keys, ranges),
+        call.views(x, y, z, length, positive), _DTYPES[x.dtype], _DTYPES[dtype],
+        *_addresses(call.bounds, keys, ranges),
     )  # fmt: skip
     _reduce(call, *((lse, lse[:0]) if one_set else (lse[:b], lse[b:])), positive, loss)
     return loss, z, length, positive, lse, keys, ranges
@@ -254,7 +287,7 @@ def contrastive_grad(
     z, length, positive, lse, keys, ranges = saved
     b, one_set = len(z) // 2, y is None
     want_y = want_y and not one_set
-    call = _Call("exp", _unit_pairs(z, keys, scale, one_set))
+    call = _Call("exp", unit_pairs(z, keys, scale, one_set))
     call.ranges = (_address(ranges),) * 2
     # the anchors of the first view and, where there are any, those of the second
     first, second = (call.upstream(lse[half], grad[half], positive[half]) for half in (slice(b), slice(b, None)))
@@ -271,16 +304,9 @@ def contrastive_grad(
     sides = ((_addresses(*tensors), (len(tensors[0]), 2 * b if one_set else b)) for tensors in outs)
     call.launch(
         "restore", _blocks(b, call.kernels.views_rows), call.views(x, y, z, length, positive), (first, second), *sides,
-        _DTYPES[x.dtype], call.dtype,
+        _DTYPES[x.dtype], _DTYPES[z.dtype],
     )  # fmt: skip
     return dx, dy, dots
-
-
-def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
-    """Every row against the rows of other pairs; of two sets, the first half against the second."""
-    half = len(z) // 2
-    x, y = (z, z) if one_set else (z[:half], z[half:])
-    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
 
 
 def processors(device: torch.device) -> int:
@@ -289,19 +315,31 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Rows(NamedTuple):
+    """Addresses of x and y, their features, and their dtype as the kernels call it."""
+
+    at: tuple[int, int]
+    depth: int
+    dtype: int
+
+
 class _Call:
     """Addresses of one implicit matrix, and the tensors behind them, which must live as long."""
 
     def __init__(self, link: str, pairs: Pairs) -> None:
         assert kernels is not None
-        self.kernels, self.link, self.dtype = kernels, _LINKS[link], _DTYPES[pairs.x.dtype]
+        self.kernels, self.link = kernels, _LINKS[link]
         self.products = getattr(kernels, family(pairs.x.device))
         self.tensors: list[Tensor] = []  # the rows come first
         self.device, self.symmetric = pairs.x.device, pairs.symmetric
-        (self.m, self.depth), self.n = pairs.x.shape, len(pairs.y)
+        (self.m, depth), self.n = pairs.x.shape, len(pairs.y)
         x = self.keep(_aligned(pairs.x))
         y = x if pairs.symmetric else self.keep(_aligned(pairs.y))
-        self.rows = (_address(x), _address(y))
+        self.rows = self.operands = _Rows((_address(x), _address(y)), depth, _DTYPES[pairs.x.dtype])
+        # of x and of y: what strips of weights are multiplied by
+        self.planes: tuple[tuple[int, ...], ...] = tuple((at,) for at in self.rows.at)
+        if pairs.x.dtype == torch.float32:
+            self.split(pairs.x, pairs.y)
         reals = (pairs.scale, pairs.row_bias, pairs.col_bias, pairs.row_ceiling, pairs.col_ceiling)
         self.reals = tuple(_address(self.keep(t, torch.float32)) for t in reals)
         keys = (pairs.drop_x, pairs.drop_y, pairs.only_x, pairs.only_y)
@@ -309,16 +347,31 @@ class _Call:
         self.bounds: Tensor | None = None
         self.ranges = (0, 0)
 
-    @property
-    def pairs(self) -> Any:
-        return (self.rows, (self.m, self.n, self.depth), self.reals, (*self.keys, *self.ranges), self.symmetric)
+    def split(self, x: Tensor, y: Tensor) -> None:
+        """fp32 rows as sums of two bf16 numbers, which are multiplied in their place."""
+        (high_x, low_x), (high_y, low_y) = planes = _planes(x), _planes(y)
+        if _in_strips(x):
+            self.planes = tuple(_addresses(*map(self.keep, plane)) for plane in planes)
+            rows = [torch.cat(parts, 1) for parts in ((high_x, high_x, low_x), (high_y, low_y, high_y))]
+            dtype = torch.bfloat16
+        else:  # the higher numbers of eight features, then the lower ones
+            rows = [torch.stack([t.unflatten(1, (-1, 8)) for t in plane], 2).flatten(1) for plane in planes]
+            dtype = x.dtype
+        at_x, at_y = _addresses(*map(self.keep, rows))
+        self.operands = _Rows((at_x, at_y), rows[0].shape[1], _DTYPES[dtype])
 
-    def swapped(self) -> Any:
+    def pairs(self, rows: _Rows | None = None) -> Any:
+        """The matrix, of the rows that are multiplied, or of others."""
+        at, depth, _ = rows or self.operands
+        return (at, (self.m, self.n, depth), self.reals, (*self.keys, *self.ranges), self.symmetric)
+
+    def swapped(self, rows: _Rows | None = None) -> Any:
         """The transposed matrix."""
+        at, depth, _ = rows or self.operands
         scale, row_bias, col_bias, row_ceiling, col_ceiling = self.reals
         drop_x, drop_y, only_x, only_y = self.keys
         return (
-            self.rows[::-1], (self.n, self.m, self.depth), (scale, col_bias, row_bias, col_ceiling, row_ceiling),
+            at[::-1], (self.n, self.m, depth), (scale, col_bias, row_bias, col_ceiling, row_ceiling),
             (drop_y, drop_x, only_y, only_x, *self.ranges[::-1]), self.symmetric,
         )  # fmt: skip
 
@@ -347,7 +400,7 @@ class _Call:
         half = len(z) // 2
         first, second = (x[:half], x[half:]) if y is None else (x, y)
         rows = (self.keep(_aligned(first)), self.keep(_aligned(second)))
-        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.depth)
+        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.rows.depth)
 
     def find_bounds(self, bounds: bool) -> None:
         """Bounds on what a logit is made of, where they are wanted, and the ranges of the drop keys."""
@@ -360,11 +413,17 @@ class _Call:
             self.tensors += (row, col)
             self.ranges = (_address(row), _address(row if self.symmetric else col))
         if bounds or self.keys[0]:
-            self.launch("bounds", self.kernels.parts, self.pairs, self.dtype, _address(self.bounds), *self.ranges)
+            pairs, dtype = self.pairs(self.rows), self.rows.dtype
+            self.launch("bounds", self.kernels.parts, pairs, dtype, _address(self.bounds), *self.ranges)
 
     def tiles(self) -> Sequence[int]:
         """Rows and columns of a tile of sums, and of a gradient; parts of a span of columns; blocks on a processor."""
-        found: Sequence[int] = self.products.tiles(self.depth)
+        found: Sequence[int] = self.products.tiles(self.operands.depth)
+        return found
+
+    def tiles_of_strips(self) -> Sequence[int]:
+        """The same of weights and their products, whatever the depth of the rows."""
+        found: Sequence[int] = self.products.tiles(self.kernels.deepest + 1)
         return found
 
     def launch(self, kernel: str, blocks: int, *args: Any) -> None:

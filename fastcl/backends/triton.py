@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .. import _settings
-from . import Pairs, Sides, tf32_is_allowed
+from . import Pairs, Sides, tf32_is_allowed, unit_pairs
 from . import _triton_kernels as kernels
 from ._triton_configs import Config, config, family
 
@@ -500,7 +500,7 @@ def contrastive(
     )  # fmt: skip
     lse = _new(x, 2 * b if y is None or both else b)
     loss = torch.empty_like(lse)
-    pairs = _unit_pairs(z, keys, scale, y is None)
+    pairs = unit_pairs(z, keys, scale, y is None)
     out = (lse, lse[:0]) if y is None else (lse[:b], lse[b:])
     _reduce("exp", pairs, out, (bounds, ranges, ranges), positive, loss)
     return loss, z, length, positive, lse, keys, ranges
@@ -527,7 +527,7 @@ def contrastive_grad(
     else:
         sides = Sides(lse[:b], grad[:b], *((lse[b:], grad[b:]) if both else (None, None)))
         positives = (positive[:b], positive[b:])
-    pairs = _unit_pairs(z, keys, scale, one_set)
+    pairs = unit_pairs(z, keys, scale, one_set)
     got = _grad("exp", pairs, sides, _Want(want_x, want_y and not one_set), ranges, ranges, positives, parts=True)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else x.new_empty(0)
     if one_set:
@@ -554,13 +554,6 @@ def _views(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Raw rows of both views, contiguous: two tensors, or the halves of one."""
     x = x.contiguous()
     return (x[: len(x) // 2], x[len(x) // 2 :]) if y is None else (x, y.contiguous())
-
-
-def _unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
-    """Every row against the rows of other pairs; of two sets, the first half against the second."""
-    half = len(z) // 2
-    x, y = (z, z) if one_set else (z[:half], z[half:])
-    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
 
 
 def _contiguous(pairs: Pairs) -> Pairs:
