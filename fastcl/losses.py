@@ -103,9 +103,9 @@ class NTXentLoss(_TwoViewLoss):
 
     Shape:
         Views of one batch, ``(B, D)`` each, or all in one tensor: ``(2B, D)``, ``[view0; view1]``, or ``(B, V, D)``.
-        With ``labels``, one tensor ``(N, D)`` and ``(N,)`` integers, whose equals are positives. ``extra_negatives``
-        ``(K, D)`` join the negatives; images with equal ``ids`` ``(B,)`` are none. A scalar, or one value per row,
-        view by view.
+        With ``labels`` ``(B,)``, integers, all views of images of one label are positives; then one tensor ``(N, D)``
+        with ``(N,)`` labels will do. ``extra_negatives`` ``(K, D)`` join the negatives; images with equal ``ids``
+        ``(B,)`` are none. A scalar, or one value per row, view by view.
 
     Example:
         >>> loss = fastcl.NTXentLoss(temperature=0.5)
@@ -118,16 +118,19 @@ class NTXentLoss(_TwoViewLoss):
     def forward(
         self,
         view0: Tensor,
+        view1: Tensor | None = None,
         *more_views: Tensor,
         labels: Tensor | None = None,
         extra_negatives: Tensor | None = None,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        z, views = (view0, 2) if labels is not None and not more_views else self._stack(view0, *more_views)
-        if labels is not None and more_views:
-            _checks.vector("labels", labels, len(view0), view0, integer=True)
-            labels = labels.repeat(views)
+        z, views = view0, 2
+        if labels is None or view1 is not None or view0.ndim == 3:
+            z, views = self._stack(view0, view1, *more_views)
+            if labels is not None:
+                _checks.vector("labels", labels, len(view0), view0, integer=True)
+                labels = labels.repeat(views)
         return F.nt_xent(
             z, labels, temperature=self.temperature, views=views,
             extra_negatives=extra_negatives, ids=ids, weights=weights, **self._options,

@@ -102,6 +102,8 @@ def test_nt_xent_takes_labels(views: tuple[Tensor, Tensor]) -> None:
     want = functional.nt_xent(torch.cat(views), labels.repeat(2), temperature=0.5, normalize=True)
     assert torch.equal(fastcl.NTXentLoss()(*views, labels=labels), want)
     assert torch.equal(fastcl.NTXentLoss()(torch.cat(views), labels=labels.repeat(2)), want)
+    assert torch.equal(fastcl.NTXentLoss()(torch.stack(views, 1), labels=labels), want)
+    assert torch.equal(fastcl.NTXentLoss()(view0=views[0], view1=views[1], labels=labels), want)
     odd = fastcl.NTXentLoss()(torch.cat(views)[:7], labels=torch.arange(7) % 3)
     assert odd.isfinite()
 
