@@ -528,7 +528,7 @@ class _GatheredDot(torch.autograd.Function):
                     dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
             if dtable is not None:
                 terms = (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1)
-                if x.is_cuda:  # of the two, the one that adds in a fixed order there
+                if x.device.type == "cuda":  # of the two, the one that adds in a fixed order there
                     dtable.index_put_((index[rows].flatten(),), terms, accumulate=True)
                 else:
                     dtable.index_add_(0, index[rows].flatten(), terms)

@@ -74,7 +74,7 @@ class _ClassSums(torch.autograd.Function):
 
 def _sums_of_others(rows: Tensor, labels: Tensor) -> Tensor:
     order, start, end = class_runs(labels)
-    if not rows.is_cuda:
+    if rows.device.type != "cuda":
         first = order[start]
         return torch.zeros_like(rows).index_add_(0, first, rows)[first] - rows
     return run_sums(rows[order], start[order])[end - 1] - rows  # there index_add_ adds in any order

@@ -203,7 +203,7 @@ def hard_nt_xent(
         false_share = positive - n + math.log(tau_plus) + log_count
         kept = torch.log(-torch.expm1(false_share.clamp(max=-torch.finfo(n.dtype).eps)))
         n = torch.where(false_share < 0, n + kept - math.log1p(-tau_plus), -torch.inf)
-    n = n.clamp(min=log_count - scale)
+    n = torch.maximum(n, torch.as_tensor(log_count - scale, dtype=n.dtype, device=n.device))
     return reduced(-logsigmoid(positive - n), reduction, weights)
 
 
