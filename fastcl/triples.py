@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from . import _checks
 from .pairwise import apply, once_differentiable
@@ -52,8 +53,28 @@ def batch_all(z: Tensor, labels: Tensor, margin: float, distance: str) -> tuple[
     Returns:
         The sums, ``(N,)``, and how many triplets of all are above 0, ``()`` int64.
     """
+    return _triplets(_All, z, labels, margin, distance)
+
+
+def semi_hard(z: Tensor, labels: Tensor, margin: float | None, distance: str) -> tuple[Tensor, Tensor]:
+    """The same over the positives p of every anchor, with the nearest negative no nearer than p, or else the furthest.
+
+    Args:
+        margin: ``None`` is the soft margin, log(1 + e^(d(a, p) - d(a, n))).
+
+    Returns:
+        The sums, ``(N,)``, and how many pairs of all have a negative, ``()`` int64.
+    """
+    return _triplets(_SemiHard, z, labels, margin, distance)
+
+
+def _triplets(
+    rule: type[_Block], z: Tensor, labels: Tensor, margin: float | None, distance: str
+) -> tuple[Tensor, Tensor]:
     _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
-    return apply(_BatchAll, z, labels, margin, distance)
+    if margin is not None:
+        _checks.scalar("margin", margin)
+    return apply(_Triplets, rule, z, labels, margin, distance)
 
 
 class _ClassSums(torch.autograd.Function):
@@ -91,20 +112,21 @@ def run_sums(rows: Tensor, start: Tensor) -> Tensor:
     return rows
 
 
-class _BatchAll(torch.autograd.Function):
+class _Triplets(torch.autograd.Function):
     """Both directions walk over blocks of anchors and form their distances to all rows."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, labels: Tensor, margin: float, distance: str) -> tuple[Tensor, Tensor]:
-        ctx.margin, ctx.distance = margin, distance
+    def forward(
+        ctx: Any, rule: type[_Block], z: Tensor, labels: Tensor, margin: float | None, distance: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rule, ctx.margin, ctx.distance = rule, margin, distance
         ctx.save_for_backward(z, labels)
-        sums, active = [z.new_zeros(0, dtype=torch.float64)], labels.new_zeros(())
-        for block in _blocks(z, labels, margin, distance):
+        sums, count = [z.new_zeros(0, dtype=torch.float64)], labels.new_zeros(())
+        for block in _blocks(rule, z, labels, margin, distance):
             sums.append(block.loss())
-            active = active + block.share.masked_fill(~block.negative, 0).sum()
-        total = torch.cat(sums).to(z.dtype)
-        ctx.mark_non_differentiable(active)
-        return total, active
+            count = count + block.count()
+        ctx.mark_non_differentiable(count)
+        return torch.cat(sums).to(z.dtype), count
 
     @staticmethod
     @once_differentiable
@@ -112,8 +134,8 @@ class _BatchAll(torch.autograd.Function):
         z, labels = ctx.saved_tensors
         rows = z.double()
         dz = torch.zeros_like(rows)
-        for block in _blocks(z, labels, ctx.margin, ctx.distance):
-            w = block.weights() * grad[block.anchors, None]  # of every distance
+        for block in _blocks(ctx.rule, z, labels, ctx.margin, ctx.distance):
+            w = block.weights() * grad[block.anchors, None]
             if ctx.distance == "cosine":
                 dz[block.anchors] -= w @ rows
                 dz -= w.T @ rows[block.anchors]
@@ -124,23 +146,58 @@ class _BatchAll(torch.autograd.Function):
                 w = 2 * w
             dz[block.anchors] += w.sum(1)[:, None] * rows[block.anchors] - w @ rows
             dz += w.sum(0)[:, None] * rows - w.T @ rows[block.anchors]
-        return dz.to(z.dtype), None, None, None
+        return None, dz.to(z.dtype), None, None, None
 
 
 class _Block:
-    """Some anchors: their distances to all rows, their positives sorted, and every row's place among these.
+    """Some anchors, their distances to all rows, and which of these are positives and negatives.
 
-    A triplet counts where the positive's threshold t_p = d(a, p) + margin is above d(a, n). With the thresholds of an
-    anchor in ascending order, those above a negative are all from some place on.
+    Attributes:
+        anchors: A of N rows.
+        d: ``(A, N)`` fp64.
+        positives, exists: ``(A, P)`` columns of d, of which those that exist are positives of the anchor.
+        negative: ``(A, N)``.
+        margin: of the hinge, ``None`` for the soft margin.
     """
 
-    def __init__(self, anchors: slice, d: Tensor, labels: Tensor, positives: Tensor, exists: Tensor, margin: float):
-        self.anchors, self.d, self.positives = anchors, d, positives  # positives (A, P) are columns of d
-        self.negative = labels[anchors, None] != labels
-        thresholds = torch.where(exists, d.gather(1, positives) + margin, -torch.inf)  # what is absent comes first
+    def __init__(
+        self, anchors: slice, d: Tensor, positives: Tensor, exists: Tensor, negative: Tensor, margin: float | None
+    ) -> None:
+        self.anchors, self.d, self.positives, self.exists = anchors, d, positives, exists
+        self.negative, self.margin = negative, margin
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What loss, count and weights share."""
+        raise NotImplementedError
+
+    def loss(self) -> Tensor:
+        """Sum of every anchor ``(A,)``."""
+        raise NotImplementedError
+
+    def count(self) -> Tensor:
+        """Of what the mean is over, ``()``."""
+        raise NotImplementedError
+
+    def weights(self) -> Tensor:
+        """Derivative of an anchor's sum by each of its distances ``(A, N)``."""
+        raise NotImplementedError
+
+
+class _All(_Block):
+    """A triplet counts where the positive's threshold t_p = d(a, p) + margin is above d(a, n).
+
+    With the thresholds of an anchor in ascending order, those above a negative are all from some place on.
+    """
+
+    def prepare(self) -> None:
+        assert self.margin is not None
+        assert self.margin is not None
+        thresholds = self.d.gather(1, self.positives) + self.margin
+        thresholds = torch.where(self.exists, thresholds, -torch.inf)  # what is absent comes first
         self.thresholds, self.order = thresholds.sort(1)
-        self.place = torch.searchsorted(self.thresholds, d, right=True)
-        self.share = positives.shape[1] - self.place  # thresholds above
+        self.place = torch.searchsorted(self.thresholds, self.d, right=True)
+        self.share = self.positives.shape[1] - self.place  # thresholds above
 
     def loss(self) -> Tensor:
         kept = self.thresholds.masked_fill(self.thresholds == -torch.inf, 0)
@@ -148,8 +205,10 @@ class _Block:
         above = torch.cat([above, above.new_zeros(len(above), 1)], 1).gather(1, self.place)
         return (above - self.share * self.d).masked_fill(~self.negative, 0).sum(1)
 
+    def count(self) -> Tensor:
+        return self.share.masked_fill(~self.negative, 0).sum()
+
     def weights(self) -> Tensor:
-        """Derivative of the anchor's sum by each of its distances ``(A, N)``."""
         w = torch.where(self.negative, -self.share, 0).double()
         n, slots = self.place.shape[0], self.positives.shape[1] + 1
         # how many negatives a threshold is above: those whose place is not after it
@@ -159,7 +218,48 @@ class _Block:
         return w.scatter_add_(1, self.positives.gather(1, self.order), beaten.double())
 
 
-def _blocks(z: Tensor, labels: Tensor, margin: float, distance: str) -> Iterator[_Block]:
+class _SemiHard(_Block):
+    """With the positives of an anchor in ascending order, a negative is no nearer than all up to some place.
+
+    So the nearest negative of a positive is the least of all places after its own: the least of every place is found
+    first, then the least from every place on.
+    """
+
+    def prepare(self) -> None:
+        to_positive = torch.where(self.exists, self.d.gather(1, self.positives), torch.inf)  # what is absent comes last
+        to_positive, order = to_positive.sort(1)
+        self.positives = self.positives.gather(1, order)
+        d = torch.where(self.negative, self.d, torch.inf)
+        place = torch.searchsorted(to_positive, self.d, right=True)
+        a, n = d.shape
+        least = d.new_full((a, to_positive.shape[1] + 1), torch.inf).scatter_reduce_(1, place, d, "amin")
+        is_least = self.negative & (d == least.gather(1, place))
+        column = torch.where(is_least, torch.arange(n, device=d.device), n - 1)
+        columns = place.new_full(least.shape, n - 1).scatter_reduce_(1, place, column, "amin")
+        nearest, at = least.flip(1).cummin(1)
+        nearest, at = nearest.flip(1)[:, 1:], (least.shape[1] - 1 - at).flip(1)[:, 1:]
+        chosen = columns.gather(1, at)
+        furthest, last = torch.where(self.negative, self.d, -torch.inf).max(1, keepdim=True)
+        none = nearest == torch.inf
+        self.chosen = torch.where(none, last, chosen)
+        self.counted = (to_positive != torch.inf) & self.negative.any(1, keepdim=True)
+        self.difference = torch.where(self.counted, to_positive - torch.where(none, furthest, nearest), 0)
+
+    def loss(self) -> Tensor:
+        d, margin = self.difference, self.margin
+        return torch.where(self.counted, -logsigmoid(-d) if margin is None else (d + margin).relu(), 0).sum(1)
+
+    def count(self) -> Tensor:
+        return self.counted.sum()
+
+    def weights(self) -> Tensor:
+        slope = self.difference.sigmoid() if self.margin is None else (self.difference + self.margin > 0).double()
+        slope = torch.where(self.counted, slope, 0)
+        w = torch.zeros_like(self.d).scatter_add_(1, self.positives, slope)
+        return w.scatter_add_(1, self.chosen, -slope)
+
+
+def _blocks(rule: type[_Block], z: Tensor, labels: Tensor, margin: float | None, distance: str) -> Iterator[_Block]:
     n = len(z)
     rows = z.double()
     squares = rows.square().sum(1)
@@ -182,4 +282,4 @@ def _blocks(z: Tensor, labels: Tensor, margin: float, distance: str) -> Iterator
         inside = place < end[anchors, None]
         positives = order[torch.where(inside, place, start[anchors, None])]
         exists = inside & (positives != at[anchors, None])
-        yield _Block(anchors, d, labels, positives, exists, margin)
+        yield rule(anchors, d, positives, exists, labels[anchors, None] != labels, margin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,6 +86,47 @@ def test_batch_all_against_loops(distance: str, classes: int, tile: int, monkeyp
     assert_close(got_grad, want_grad, 1e-11)
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+@pytest.mark.parametrize("margin", [0.3, None])
+@pytest.mark.parametrize("classes", [1, 2, 5, 30])
+@pytest.mark.parametrize("tile", [2**20, 100])
+def test_semi_hard_against_loops(
+    distance: str, margin: float | None, classes: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triples, "_TILE", tile)
+    z, labels = rows_of(17, 4), labels_of(17, classes, seed=3)
+    d = reference._dense.distances(z, z, distance)
+    want = [z.sum() * 0 for _ in range(17)]
+    pairs = 0
+    for a in range(17):
+        negatives = [d[a, n] for n in range(17) if labels[n] != labels[a]]
+        for p in range(17):
+            if p == a or labels[p] != labels[a] or not negatives:
+                continue
+            beyond = [n for n in negatives if n >= d[a, p]]
+            difference = d[a, p] - (min(beyond) if beyond else max(negatives))
+            hinge = torch.log1p(difference.exp()) if margin is None else (difference + margin).relu()
+            want[a] = want[a] + hinge
+            pairs += 1
+    upstream = torch.linspace(0.5, 2, 17, dtype=torch.float64, device=DEVICE)
+    (want_grad,) = torch.autograd.grad(torch.stack(want), z, upstream)
+    for semi_hard in (triples.semi_hard, functional.labels._semi_hard_of_pairs):  # the few and the many
+        sums, found = semi_hard(z, labels, margin, distance)
+        assert int(found) == pairs
+        assert_close(sums, torch.stack(want), 1e-12)
+        assert_close(torch.autograd.grad(sums, z, upstream)[0], want_grad, 1e-11)
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_semi_hard_either_way(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional.labels, "_FEW_PAIRS", few)
+    z, labels = rows_of(40, 6, torch.float32), labels_of(40, 4)
+    exact_z = z.detach().double().requires_grad_()
+    got, want = (f.triplet_semi_hard(x, labels, margin=0.2) for f, x in ((functional, z), (reference, exact_z)))
+    assert_close(got, want, 1e-6)
+    assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, exact_z)[0], 1e-5)
+
+
 def test_distances_of_near_rows_keep_their_digits() -> None:
     """Positives 1e-3 apart: a distance from fp32 products would be wrong in its third digit."""
     z = rows_of(24, 16, torch.float32).detach()
@@ -98,11 +141,12 @@ def test_distances_of_near_rows_keep_their_digits() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
 @pytest.mark.parametrize("classes", [2, 100])
-def test_no_cube_and_no_matrix_is_allocated(classes: int) -> None:
-    """4,096 rows, forward and backward, in less than an eighth of 4,096 x 4,096 fp64 numbers per block alive."""
+@pytest.mark.parametrize("function", [functional.triplet_all, functional.triplet_semi_hard])
+def test_no_cube_no_pairs_and_no_matrix_are_allocated(classes: int, function: Callable[..., Tensor]) -> None:
+    """4,096 rows, forward and backward, in less than one matrix of fp64 numbers: blocks, of which several live."""
     z = torch.randn(4096, 4, requires_grad=True)
     labels = labels_of(4096, classes)
-    peak = peak_bytes(lambda: torch.autograd.grad(functional.triplet_all(z, labels, margin=0.2), z))
+    peak = peak_bytes(lambda: torch.autograd.grad(function(z, labels, margin=0.2), z))
     assert peak < 8 * 4096**2, f"{peak / 2**20:.0f} MiB"
 
 

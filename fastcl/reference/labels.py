@@ -143,7 +143,7 @@ def triplet_semi_hard(
     negative = labels[:, None] != labels
     anchor, positive = (~negative & not_self(z)).nonzero(as_tuple=True)
     if not len(anchor):
-        return reduced(d[anchor, positive], reduction)
+        return reduced(0 * d.sum(1), reduction)
     to_positive, negative = d[anchor, positive], negative[anchor]
     beyond = negative & (d[anchor] >= to_positive[:, None])
     nearest = d[anchor].masked_fill(~beyond, torch.inf).amin(1)
@@ -151,7 +151,9 @@ def triplet_semi_hard(
     counted = negative.any(1)
     difference = to_positive - torch.where(beyond.any(1), nearest, furthest)
     loss = torch.where(counted, _hinge(torch.where(counted, difference, 0), margin), 0)
-    return reduced(loss, reduction, counted=counted)
+    if reduction == "mean":
+        return reduced(loss, reduction, counted=counted)
+    return reduced(d.new_zeros(len(z)).index_add(0, anchor, loss), reduction)
 
 
 def cosface(
