@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=20.0, help="of one call")
     parser.add_argument("--losses", default="", help="only labels that contain one of these, separated by commas")
     parser.add_argument("--json")
+    parser.add_argument("--update", help="results of a whole run, of which the rows measured now take the place")
     args = parser.parse_args()
     sizes = sorted(map(int, args.rows.split(",")))
     chosen = [c for c in ROWS if any(word in c.label for word in args.losses.split(","))]
@@ -188,10 +189,22 @@ def main() -> None:
         "rows": rows,
         "findings": found,
     }
+    if args.update:
+        result = updated(args.update, result)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
+
+
+def updated(file: str, now: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the rows of ``now`` in their places, and a note which command and commit those are of."""
+    with open(file, encoding="utf-8") as source:
+        earlier: dict[str, Any] = json.load(source)
+    new = {(row["loss"], row["size"]): row for row in now["rows"]}
+    rows = [new.get((row["loss"], row["size"]), row) for row in earlier["rows"]]
+    updates = [*earlier.get("updates", []), {name: now[name] for name in ("command", "commit", "date")}]
+    return {**earlier, "rows": rows, "findings": findings(rows), "updates": updates}
 
 
 def _line(row: dict[str, Any]) -> str:

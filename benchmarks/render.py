@@ -159,6 +159,8 @@ def family(result: dict[str, Any]) -> str:
         "growth, nothing kept",
     ]
     skipped = f" Skipped: {'; '.join(notes)}." if notes else ""
+    for update in result.get("updates", []):
+        skipped += f" Measured again at commit {update['commit']}: `{update['command'].rpartition(' ')[2]}`."
     return (
         f"{markdown(head, rows)}\n\n{_measured(result)} Medians of interleaved rounds; a ratio is the median "
         f"of those of each round.{skipped}"
