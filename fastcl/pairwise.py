@@ -224,7 +224,7 @@ def scale_gradient(x: Tensor, factor: Scalar) -> Tensor:
     still = x.detach()
     if isinstance(factor, Tensor):
         factor = factor.detach()
-    # x - still is 0, and carries the gradient; a NaN or an infinity of x stays one
+    # x - still is 0, and carries the gradient; where x is NaN or infinite the result is NaN
     return still + ((x - still) * factor).to(x.dtype)
 
 
@@ -565,6 +565,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, with torch.func's transforms refused in our words."""
     _refuse_transforms()
     return function.apply(*args)
 

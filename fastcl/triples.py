@@ -211,10 +211,9 @@ class _All(_Block):
     def weights(self) -> Tensor:
         w = torch.where(self.negative, -self.share, 0).double()
         n, slots = self.place.shape[0], self.positives.shape[1] + 1
-        # how many negatives a threshold is above: those whose place is not after it
+        # how many negatives a threshold is above: those whose place is not after it; none has a place among the absent
         places = self.place.masked_fill(~self.negative, slots - 1)
         beaten = places.new_zeros(n, slots).scatter_add_(1, places, torch.ones_like(places)).cumsum(1)[:, :-1]
-        beaten = torch.where(self.thresholds > -torch.inf, beaten, 0)
         return w.scatter_add_(1, self.positives.gather(1, self.order), beaten.double())
 
 

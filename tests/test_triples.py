@@ -125,6 +125,9 @@ def test_semi_hard_either_way(few: int, monkeypatch: pytest.MonkeyPatch) -> None
     got, want = (f.triplet_semi_hard(x, labels, margin=0.2) for f, x in ((functional, z), (reference, exact_z)))
     assert_close(got, want, 1e-6)
     assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, exact_z)[0], 1e-5)
+    with torch.no_grad():
+        z[3] = torch.nan
+    assert functional.triplet_semi_hard(z, labels, margin=0.2).isnan()
 
 
 def test_distances_of_near_rows_keep_their_digits() -> None:

@@ -195,7 +195,8 @@ class _Call:
         )
         if pairs.guide_x is None or pairs.guide_y is None:
             return
-        # The guide is an engine of its own, whose logits have ceilings. It may be finer than the rows, not coarser.
+        # The guide is an engine of its own, whose logits have ceilings. It computes as the rows' engine does: in fp64
+        # beside fp64 rows, else in fp32, from guides of at most that.
         dtypes = (pairs.guide_x.dtype, pairs.guide_y.dtype)
         common = self.dtype if self.dtype == torch.float64 or torch.float64 in dtypes else torch.promote_types(*dtypes)
         guides = [t.to(common).contiguous() for t in (pairs.guide_x, pairs.guide_y)]
