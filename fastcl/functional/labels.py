@@ -15,8 +15,8 @@ from ..triples import batch_all, class_runs, class_sums, positive_indices, semi_
 from ._arguments import arange, inverse, multiplier, number, operand, reduced, unit
 from .pairs import hinge, row_distance
 
-# Positives per row. By benchmarks.family, 2,048 rows of 128 features with 204 positives each took 5,055 ms by pairs, which
-# grows with their number, and 778 ms the other way: even near 32.
+# Positives per row. By benchmarks.family, 2,048 rows of 128 features with 204 positives each took 5,055 ms by pairs,
+# which grows with their number, and 778 ms the other way: even near 32.
 _FEW_PAIRS = 32
 
 
