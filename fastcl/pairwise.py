@@ -219,6 +219,24 @@ def gathered_dot(q: Tensor, table: Tensor, index: Tensor) -> Tensor:
     return apply(_GatheredDot, q, _distinct(table, q), index, operand_dtype(q, table))
 
 
+def listed_dot(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Inner products of listed pairs of rows: pairs that a miner chose.
+
+    Args:
+        q: ``(M, D)``.
+        k: ``(N, D)``.
+        rows, columns: ``(P,)`` integers in [0, M) and [0, N); pair p is ``q[rows[p]]`` and ``k[columns[p]]``.
+
+    Returns:
+        ``(P,)`` fp32 (fp64), from operands rounded exactly as those of the pair reductions are. Beside it and the
+        gradients no more than a few chunks of gathered rows are stored, forward and backward.
+    """
+    _checks.rows(q=q, k=k)
+    _checks.vector("rows", rows, len(rows), q, integer=True)
+    _checks.vector("columns", columns, len(rows), q, integer=True)
+    return apply(_ListedDot, q, _distinct(k, q), rows, _distinct(columns, rows), operand_dtype(q, k))
+
+
 def scale_gradient(x: Tensor, factor: Scalar) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor``."""
     still = x.detach()
@@ -527,11 +545,7 @@ class _GatheredDot(torch.autograd.Function):
                 with torch.autocast(x.device.type, enabled=False):
                     dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
             if dtable is not None:
-                terms = (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1)
-                if x.device.type == "cuda":  # of the two, the one that adds in a fixed order there
-                    dtable.index_put_((index[rows].flatten(),), terms, accumulate=True)
-                else:
-                    dtable.index_add_(0, index[rows].flatten(), terms)
+                _add_rows(dtable, index[rows].flatten(), (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1))
         q_dtype, table_dtype = ctx.dtypes
         return (
             None if dq is None else dq.to(q_dtype),
@@ -539,6 +553,41 @@ class _GatheredDot(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _ListedDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = q.dtype, k.dtype
+        x, y = q.to(dtype), k.to(dtype)
+        ctx.save_for_backward(x, y, rows, columns)
+        s = x.new_empty(len(rows), dtype=_compute_dtype(dtype))
+        for pairs in _gathered_rows(rows[:, None], y):
+            s[pairs] = (x[rows[pairs]].to(s.dtype) * y[columns[pairs]].to(s.dtype)).sum(1)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, rows, columns = ctx.saved_tensors
+        want_q, want_k, *_ = ctx.needs_input_grad
+        dq = x.new_zeros(x.shape, dtype=grad.dtype) if want_q else None
+        dk = y.new_zeros(y.shape, dtype=grad.dtype) if want_k else None
+        for pairs in _gathered_rows(rows[:, None], y):
+            g, i, j = grad[pairs, None], rows[pairs], columns[pairs]
+            if dq is not None:
+                _add_rows(dq, i, g * y[j].to(g.dtype))
+            if dk is not None:
+                _add_rows(dk, j, g * x[i].to(g.dtype))
+        q_dtype, k_dtype = ctx.dtypes
+        return None if dq is None else dq.to(q_dtype), None if dk is None else dk.to(k_dtype), None, None, None
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    if total.device.type == "cuda":  # of the two, the one that adds in a fixed order there
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
 
 
 def _gathered_rows(index: Tensor, table: Tensor) -> Iterator[slice]:

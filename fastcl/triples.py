@@ -19,22 +19,30 @@ from .pairwise import apply, once_differentiable
 _TILE = 2**20  # numbers of a block of distances; a handful of such blocks live at once
 
 
-def class_runs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The order that sorts rows by label (stable), and where the run of every row's class starts and ends in it."""
-    order = labels.argsort(stable=True)
-    label = labels[order].contiguous()
+def class_runs(labels: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The order that sorts rows by label (stable), and where the run of every row's class starts and ends in it.
+
+    With the labels of ``columns`` it is these that are sorted.
+    """
+    columns = labels if columns is None else columns
+    order = columns.argsort(stable=True)
+    label = columns[order].contiguous()
     labels = labels.contiguous()
     return order, torch.searchsorted(label, labels), torch.searchsorted(label, labels, right=True)
 
 
-def positive_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of an anchor and another row of its label, anchor by anchor: two ``(P,)``. Reads P from the device."""
-    order, start, end = class_runs(labels)
-    count = end - start - 1
+def positive_indices(labels: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All pairs of an anchor and another row of its label, anchor by anchor: two ``(P,)``. Reads P from the device.
+
+    With the labels of ``columns`` the pairs are those of a row and a column of its label.
+    """
+    order, start, end = class_runs(labels, columns)
+    count = end - start - int(columns is None)
     anchor = torch.repeat_interleave(torch.arange(len(labels), device=labels.device), count)
     offset = torch.arange(len(anchor), device=labels.device) - (count.cumsum(0) - count)[anchor]
-    own = order.argsort()[anchor] - start[anchor]
-    return anchor, order[start[anchor] + offset + (offset >= own)]
+    if columns is None:  # its own place in its run is left out
+        offset = offset + (offset >= order.argsort()[anchor] - start[anchor])
+    return anchor, order[start[anchor] + offset]
 
 
 def class_sums(z: Tensor, labels: Tensor) -> Tensor:
@@ -191,7 +199,6 @@ class _All(_Block):
     """
 
     def prepare(self) -> None:
-        assert self.margin is not None
         assert self.margin is not None
         thresholds = self.d.gather(1, self.positives) + self.margin
         thresholds = torch.where(self.exists, thresholds, -torch.inf)  # what is absent comes first

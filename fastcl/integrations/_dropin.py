@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import sentence
 
 
-def upstream(module: str, distribution: str) -> ModuleType:
+def upstream(module: str, origin: str) -> ModuleType:
     """A module of the library that a drop-in stands in for.
 
     Raises:
@@ -25,7 +25,7 @@ def upstream(module: str, distribution: str) -> ModuleType:
         if error.name != module.partition(".")[0]:
             raise
         raise ImportError(
-            sentence(f"no module {error.name}", "the library whose losses are replaced", f"pip install {distribution}.")
+            sentence(f"no module {error.name}", "the library whose losses are replaced", f"Get it: {origin}.")
         ) from error
 
 

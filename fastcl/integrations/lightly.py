@@ -20,10 +20,11 @@ from ._dropin import DropIn, as_original, image_ids, upstream
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DISTRIBUTION = "lightly"
-_loss = upstream("lightly.loss", DISTRIBUTION)
-_dist = upstream("lightly.utils.dist", DISTRIBUTION)
-MemoryBankModule = upstream("lightly.loss.memory_bank", DISTRIBUTION).MemoryBankModule
+UPSTREAM = "lightly.loss"
+ORIGIN = "pip install lightly"
+_loss = upstream(UPSTREAM, ORIGIN)
+_dist = upstream("lightly.utils.dist", ORIGIN)
+MemoryBankModule = upstream("lightly.loss.memory_bank", ORIGIN).MemoryBankModule
 
 __all__ = [
     "DCLLoss",

@@ -18,8 +18,9 @@ from .. import functional as F
 from ..pairwise import pair_logsumexp, pair_softplus_total, row_dot, scale_gradient
 from ._dropin import DropIn, as_original, image_ids, upstream
 
-DISTRIBUTION = "open_clip_torch"
-_loss = upstream("open_clip.loss", DISTRIBUTION)
+UPSTREAM = "open_clip.loss"
+ORIGIN = "pip install open_clip_torch"
+_loss = upstream(UPSTREAM, ORIGIN)
 
 __all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
 
