@@ -70,15 +70,15 @@ def cal_inf_loss(
         A scalar, fp32.
     """
     rank, world_size = ranks()
-    if world_size == 1:
-        return cal_flash_loss(q, k, labels, scale, head_dim).mean()
-    if strict and isinstance(scale, Tensor) and scale.requires_grad:
+    if strict and world_size > 1 and isinstance(scale, Tensor) and scale.requires_grad:
         scale = scale.view_as(scale)
         scale.register_hook(_summed)
     q, scale = _scaled(q, scale)
-    _checks.rows(q=q, k=k)
-    target = _targets(q, k, labels) + rank * len(k)
-    return _losses(q, gathered(k), target, scale).float().mean()
+    if world_size > 1:
+        _checks.rows(q=q, k=k)
+        labels = _targets(q, k, labels) + rank * len(k)
+        k = gathered(k)
+    return _losses(q, k, labels, scale).mean().float()
 
 
 cal_ring_loss = cal_inf_loss  # in the original the one with kernels, the other without

@@ -231,7 +231,7 @@ def test_a_loss_has_the_dtype_of_its_rows_and_fp32_under_autocast(name: str) -> 
     assert abs(loss.double() - want) < 20 * torch.finfo(torch.bfloat16).eps * max(1, want)
 
 
-SENTENCE = "^got .*; expected .*\\. .*"
+SENTENCE = r"^got .*; expected .*\. .*"
 MASK = torch.zeros(2 * B, 2 * B, dtype=torch.bool)
 
 
