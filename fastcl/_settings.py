@@ -8,7 +8,8 @@
                          know bf16x3 only, and serve fp32 rows where that or TF32 is allowed
 ``FASTCL_WORKSPACE_MB``  scratch memory a kernel may use beside its inputs and outputs, in MiB
 
-``FASTCL_NATIVE``, ``FASTCL_CXXFLAGS`` and ``FASTCL_CUDA_ARCHS`` are read by setup.py.
+``FASTCL_NATIVE``, ``FASTCL_CXXFLAGS`` and ``FASTCL_CUDA_ARCHS`` are read by setup.py, ``FASTCL_UPSTREAM`` by
+``benchmarks.dropins``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KNOWN = (
     "FASTCL_CXXFLAGS",
     "FASTCL_FP32",
     "FASTCL_NATIVE",
+    "FASTCL_UPSTREAM",
     "FASTCL_WORKSPACE_MB",
 )
 

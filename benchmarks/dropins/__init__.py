@@ -47,6 +47,7 @@ class Case:
         build: makes a problem of what is drawn.
         fused: the original stores a matrix, so ours must be faster from 2,048 rows on and grow by O(N D).
         largest: rows that the original survives here; more are not tried.
+        tolerance: relative, fp32, of the loss and every gradient; more than rounding only where the original is coarse.
     """
 
     library: str
@@ -54,6 +55,7 @@ class Case:
     build: Callable[[Draw], Problem]
     fused: bool = True
     largest: int = 10**9
+    tolerance: float = 1e-5
 
 
 class Draw:
@@ -106,23 +108,33 @@ def original(library: str) -> Any:
     """The module with the original losses.
 
     Those without a distribution are looked for in ``$FASTCL_UPSTREAM``, a folder with clones of their repositories.
+
+    Raises:
+        ImportError: it is not here, or cannot run here.
     """
+    if library == "solo_learn":
+        return import_module(f"{__name__}.solo_learn").originals()
+    if library == "inf_cl" and not torch.cuda.is_available():
+        raise ImportError("its kernels assert CUDA tensors, and Triton's interpreter refuses their inline assembly")
     module, inside = {
         "lightly": ("lightly.loss", ""),
         "open_clip": ("open_clip.loss", ""),
         "pytorch_metric_learning": ("pytorch_metric_learning.losses", ""),
         "sentence_transformers": ("sentence_transformers.sentence_transformer.losses", ""),
-        "solo_learn": ("solo.losses.simclr", ""),
         "sup_contrast": ("losses", "SupContrast"),
         "grad_cache": ("grad_cache.loss", "GradCache/src"),
         "inf_cl": ("inf_cl", "Inf-CLIP"),
     }[library]
-    folder = os.environ.get("FASTCL_UPSTREAM")
-    if inside and folder:
-        path = os.path.join(folder, inside)
-        if path not in sys.path:
-            sys.path.append(path)
+    path = clone(inside)
+    if inside and path and path not in sys.path:
+        sys.path.append(path)
     return import_module(module)
+
+
+def clone(inside: str) -> str:
+    """A path inside ``$FASTCL_UPSTREAM``, or nothing where that is not set."""
+    folder = os.environ.get("FASTCL_UPSTREAM", "")
+    return folder and os.path.join(folder, inside)
 
 
 def upstream_version(library: str) -> str:

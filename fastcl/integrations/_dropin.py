@@ -8,9 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import embedding, logsigmoid
 
-from .._checks import sentence
+from .._checks import Scalar, sentence
+from ..pairwise import apply, contrastive, once_differentiable, pair_logsumexp, row_dot
 
 
 def upstream(module: str, origin: str) -> ModuleType:
@@ -67,3 +70,63 @@ def image_ids(batch: int, rank: int, world_size: int, device: torch.device) -> t
     """Numbers of the rows of this rank among those of all ranks, and the numbers of all."""
     everyone = torch.arange(batch * world_size, device=device)
     return everyone[rank * batch : (rank + 1) * batch], everyone
+
+
+def ranks() -> tuple[int, int]:
+    """Number of this rank, and of all ranks; ``(0, 1)`` where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gathered(x: Tensor, group: Any = None) -> Tensor:
+    """Rows of all ranks, in their order: ``(W B, ...)`` of ``(B, ...)``, the same shape and dtype on every rank.
+
+    The gradient is the sum of those that all ranks have for the rows of this one, so every rank must run the backward
+    pass. Integers have none.
+    """
+    rows: Tensor = apply(_Gathered, x, group)
+    return rows
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.shape = group, x.shape
+        everyone = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(everyone, x.contiguous(), group=group)
+        return everyone
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if grad.is_cuda and "nccl" in dist.get_backend(ctx.group):
+            own = grad.new_empty(ctx.shape)
+            dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+            return own, None
+        total = grad.clone(memory_format=torch.contiguous_format)  # gloo adds in place, and has no reduce-scatter
+        dist.all_reduce(total, group=ctx.group)
+        return total.view(-1, *ctx.shape)[dist.get_rank(ctx.group)], None
+
+
+def softmax_rows(q: Tensor, k: Tensor, target: Tensor | None = None, *, scale: Scalar) -> Tensor:
+    """Cross-entropy of the softmax over ``scale * q @ k.T``, without that matrix.
+
+    Args:
+        q: ``(M, D)``.
+        k: ``(N, D)``.
+        target: ``(M,)`` integers in [0, N); row i itself when omitted, with M = N.
+
+    Returns:
+        ``(M,)``, fp32 or fp64.
+    """
+    own = torch.arange(len(k), device=k.device)
+    if target is None:
+        loss = contrastive(q, k, scale=scale)
+        if loss is not None:
+            return loss
+        target, positive = own, k
+    else:
+        positive = embedding(target.long(), k)
+    negatives = pair_logsumexp(q, k, scale=scale, drop=(target, own))
+    return -logsigmoid(row_dot(q, positive) * scale - negatives)
