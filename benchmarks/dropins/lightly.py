@@ -50,9 +50,7 @@ def _dcl_weighted(draw: Draw) -> Problem:
 
 
 def _dclw(draw: Draw) -> Problem:
-    return _views(
-        draw, "DCLWLoss", {"temperature": draw.between(0.05, 1.0, 0.1), "sigma": draw.between(0.2, 1.0, 0.5)}
-    )
+    return _views(draw, "DCLWLoss", {"temperature": draw.between(0.05, 1.0, 0.1), "sigma": draw.between(0.2, 1.0, 0.5)})
 
 
 def _negative_cosine(draw: Draw) -> Problem:
