@@ -84,11 +84,11 @@ def info_nce(
     keys = _ids(ids, q)
     in_batch = negatives is None
     columns = k if negatives is None else unit(negatives, normalize)
-    found = _harder(q, columns, scale, hardness, drop=keys if in_batch else None, both=symmetric)
+    found = harder_logsumexp(q, columns, scale, hardness, drop=keys if in_batch else None, both=symmetric)
     n = [found] if not symmetric else list(found)
     if extra_negatives is not None:
         extra_negatives = unit(extra_negatives, normalize)
-        n[0] = merge_logsumexp(n[0], _harder(q, extra_negatives, scale, hardness))
+        n[0] = merge_logsumexp(n[0], harder_logsumexp(q, extra_negatives, scale, hardness))
     own = None
     if own_negatives is not None:
         own = _own_dots(q, own_negatives, normalize)
@@ -379,7 +379,7 @@ def _ids(ids: Tensor | None, rows: Tensor) -> Tensor:
     return ids
 
 
-def _harder(q: Tensor, k: Tensor, scale: Scalar, hardness: float, **options: Any) -> Any:
+def harder_logsumexp(q: Tensor, k: Tensor, scale: Scalar, hardness: float, **options: Any) -> Any:
     """Log-sum-exp of scale * cos + hardness * cos, the second part without gradient."""
     if hardness:
         # With a scale of scale + hardness every gradient of q and k is too large by a factor that is known.
