@@ -96,20 +96,19 @@ class _Hinges(torch.autograd.Function):
         q, k, labels, column_labels = ctx.saved_tensors
         _, distance, _ = ctx.options
         exact = _exact(q, distance)
-        x, y = (None if rows is None else rows.to(exact) for rows in (q, k))
+        x = q.to(exact)
+        y = x if k is None else k.to(exact)
         dx = torch.zeros_like(x)
-        dy = dx if y is None else torch.zeros_like(y)
-        y = x if y is None else y
+        dy = dx if k is None else torch.zeros_like(y)
         for tile in _tiles(q, k, labels, column_labels, *ctx.options):
             w = tile.weights(*grad.to(exact))
             if distance == "cosine":
                 dx[tile.rows] -= w @ y[tile.columns]
                 dy[tile.columns] -= w.T @ x[tile.rows]
                 continue
-            if distance == "euclidean":
-                w = torch.where(tile.d > 0, w / torch.where(tile.d > 0, tile.d, 1), 0)
-            else:
-                w = 2 * w
+            # of equal rows the distance has gradient 0
+            apart = tile.d > 0
+            w = 2 * w if distance == "squared" else torch.where(apart, w / torch.where(apart, tile.d, 1), 0)
             dx[tile.rows] += w.sum(1)[:, None] * x[tile.rows] - w @ y[tile.columns]
             dy[tile.columns] += w.sum(0)[:, None] * y[tile.columns] - w.T @ x[tile.rows]
         return dx.to(q.dtype), None if k is None else dy.to(k.dtype), None, None, None, None, None

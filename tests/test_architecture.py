@@ -12,7 +12,10 @@ import fastcl
 
 ROOT = Path(fastcl.__file__).parent
 # Each layer may import no layer that stands after it.
-LAYERS = ["backends", "_ops", "pairwise", "triples", "inspection", "functional", "queue", "losses", "trainer", "cli"]
+LAYERS = [
+    "backends", "_ops", "pairwise", "triples", "hinges", "inspection", "functional", "queue", "losses", "integrations",
+    "trainer", "cli",
+]  # fmt: skip
 LEAVES = {
     "reference": set(),
     "testing": set(),

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fastcl
-from fastcl import _ops, backends
+from fastcl import _ops, backends, pairwise
 from fastcl.backends import Pairs, Sides
 from fastcl.pairwise import (
     gathered_dot,
     l2_normalize,
+    listed_dot,
     merge_logsumexp,
     pair_argmax,
     pair_logsumexp,
@@ -29,7 +30,7 @@ from fastcl.reference._dense import logsumexp
 from fastcl.testing import CASES, LossCase
 
 from .conftest import DEVICE
-from .oracle import as_double, assert_close
+from .oracle import TOLERANCE, as_double, assert_close
 
 REDUCTIONS = {"logsumexp": pair_logsumexp, "softplus": pair_softplus_sum}
 M, N, D = 21, 34, 19
@@ -643,3 +644,28 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
     assert "pair_topk" in fastcl.explain("pair_topk", z)
     with pytest.raises(ValueError, match="got the name 'nt_xnet'"):
         fastcl.explain("nt_xnet", z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_listed_dot(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairwise, "_GATHERED", 40)  # a few pairs at a time
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(M, 5, generator=generator).to(DEVICE, dtype).requires_grad_()
+    k = torch.randn(N, 5, generator=generator).to(DEVICE, dtype).requires_grad_()
+    rows, columns = (torch.randint(high, (57,), generator=generator).to(DEVICE) for high in (M, N))
+    upstream = torch.randn(57, generator=generator).to(DEVICE, torch.promote_types(dtype, torch.float32))
+    got = listed_dot(q, k, rows, columns)
+    want = (q.double()[rows] * k.double()[columns]).sum(1)
+    assert got.dtype == upstream.dtype
+    assert_close(got, want, 1e-14 if dtype == torch.float64 else 1e-6)
+    for mine, exact in zip(
+        torch.autograd.grad(got, (q, k), upstream), torch.autograd.grad(want, (q, k), upstream.double()), strict=True
+    ):
+        assert mine.dtype == dtype
+        assert_close(mine, exact, TOLERANCE[dtype][1])
+
+
+def test_listed_dot_refuses_indices_that_do_not_fit() -> None:
+    q, index = torch.zeros(3, 2, device=DEVICE), torch.zeros(5, dtype=torch.long, device=DEVICE)
+    with pytest.raises(ValueError, match="columns of shape"):
+        listed_dot(q, q, index[:4], index)

@@ -6,7 +6,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import Case, Draw, Problem, original
@@ -63,7 +62,8 @@ def _of_labels(draw: Draw, name: str, reducer: str = "", distance: str = "") -> 
 def _two_views(draw: Draw, name: str, symmetric: bool = True) -> Problem:
     """Under SelfSupervisedLoss: n rows in all, a label per image."""
     ours, theirs = (
-        part("losses", "SelfSupervisedLoss", loss=loss, symmetric=symmetric) for loss in pair(name, **_options(draw, name))
+        part("losses", "SelfSupervisedLoss", loss=loss, symmetric=symmetric)
+        for loss in pair(name, **_options(draw, name))
     )
     half = max(draw.n // 2, 3)
     return Problem([draw.rows(half), draw.rows(half)], ours, theirs)
@@ -73,7 +73,9 @@ def _memory(draw: Draw, name: str) -> Problem:
     """Under CrossBatchMemory: the third batch of a memory that overflows with it."""
     size = max(draw.n // 2, 2)
     memory = {"embedding_size": draw.d, "memory_size": 2 * size + 1}
-    ours, theirs = (part("losses", "CrossBatchMemory", loss=loss, **memory) for loss in pair(name, **_options(draw, name)))
+    ours, theirs = (
+        part("losses", "CrossBatchMemory", loss=loss, **memory) for loss in pair(name, **_options(draw, name))
+    )
     batches = [(draw.rows(size).detach(), draw.labels(size, each=3)) for _ in range(2)]
     labels = draw.labels(size, each=3)
 
@@ -106,11 +108,10 @@ def _mined(draw: Draw, name: str, miner: str, **options: Any) -> Problem:
 
 
 def _case(label: str, build: Any, *args: Any, fused: bool = True, largest: int = 10**9, **options: Any) -> Case:
-    return Case("pytorch_metric_learning", label, partial(build, **options) if not args else _bound(build, *args, **options), fused, largest)
+    def of(draw: Draw) -> Problem:
+        return build(draw, *args, **options)  # type: ignore[no-any-return]
 
-
-def _bound(build: Any, *args: Any, **options: Any) -> Any:
-    return lambda draw: build(draw, *args, **options)
+    return Case("pytorch_metric_learning", label, of, fused, largest)
 
 
 # What the originals survive in 24 GB: NTXentLoss makes a float per positive and negative pair, TripletMarginLoss three

@@ -1,12 +1,12 @@
 """Drop-ins for the losses of other libraries: change one import line, or patch the library in place.
 
-``from fastcl.integrations.lightly import NTXentLoss`` instead of ``from lightly.loss import NTXentLoss``, or, in a script
-that is to stay as it is::
+``from fastcl.integrations.lightly import NTXentLoss`` instead of ``from lightly.loss import NTXentLoss``, or, at the
+top of a script that is to stay as it is::
 
     fastcl.integrations.patch("lightly")
 
-or without touching it at all: ``python -m fastcl.integrations lightly train.py --its-own arguments`` (under ``torchrun``
-likewise, with ``-m``).
+or without touching it at all: ``python -m fastcl.integrations lightly train.py --its-own arguments``, under
+``torchrun`` likewise with ``-m``.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def _originals(module: Any, library: str) -> dict[str, Any]:
         theirs = import_module(module.UPSTREAM)
     except ModuleNotFoundError as error:
         raise ImportError(
-            sentence(f"no module {error.name}", f"{library}, whose losses are to be replaced", f"Get it: {module.ORIGIN}.")
+            sentence(
+                f"no module {error.name}", f"{library}, whose losses are to be replaced", f"Get it: {module.ORIGIN}."
+            )
         ) from error
     return {name: getattr(theirs, name) for name in module.__all__ if hasattr(theirs, name)}

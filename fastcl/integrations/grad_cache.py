@@ -22,6 +22,9 @@ from ..functional._arguments import reduced
 from ..pairwise import scale_gradient
 from ._dropin import as_original, gathered, ranks, softmax_rows
 
+UPSTREAM = "grad_cache.loss"
+ORIGIN = "see github.com/luyug/GradCache"
+
 __all__ = ["ContrastiveLossWithQueryClosure", "DistributedContrastiveLoss", "SimpleContrastiveLoss"]
 
 _IGNORED = -100  # cross_entropy's ignore_index, which the original has by default

@@ -22,6 +22,9 @@ from .._checks import Scalar, sentence
 from ..functional._arguments import multiplier
 from ._dropin import gathered, ranks, softmax_rows
 
+UPSTREAM = "inf_cl"
+ORIGIN = "see github.com/DAMO-NLP-SG/Inf-CLIP"
+
 __all__ = ["cal_flash_loss", "cal_inf_loss", "cal_ring_loss"]
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 UPSTREAM = "lightly.loss"
 ORIGIN = "pip install lightly"
-_loss = upstream(UPSTREAM, ORIGIN)
-_dist = upstream("lightly.utils.dist", ORIGIN)
-MemoryBankModule = upstream("lightly.loss.memory_bank", ORIGIN).MemoryBankModule
+_loss: Any = upstream(UPSTREAM, ORIGIN)
+_dist: Any = upstream("lightly.utils.dist", ORIGIN)
+MemoryBankModule: Any = upstream("lightly.loss.memory_bank", ORIGIN).MemoryBankModule
 
 __all__ = [
     "DCLLoss",
@@ -108,8 +108,8 @@ class DCLWLoss(DCLLoss, DropIn, _loss.DCLWLoss):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # lightly's own function makes torch warn at every step
-        self.weight_fn = partial(negative_mises_fisher_weights, **self.weight_fn.keywords)
+        given: Any = self.weight_fn  # a partial of lightly's own function, which makes torch warn at every step
+        self.weight_fn = partial(negative_mises_fisher_weights, **given.keywords)
 
 
 class NegativeCosineSimilarity(DropIn, _loss.NegativeCosineSimilarity):

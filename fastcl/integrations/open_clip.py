@@ -20,7 +20,7 @@ from ._dropin import DropIn, as_original, image_ids, upstream
 
 UPSTREAM = "open_clip.loss"
 ORIGIN = "pip install open_clip_torch"
-_loss = upstream(UPSTREAM, ORIGIN)
+_loss: Any = upstream(UPSTREAM, ORIGIN)
 
 __all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
 

@@ -1,6 +1,7 @@
-"""Run a library's own tests against the drop-ins: ``pytest -p fastcl.integrations.pytest_plugin --fastcl-patch=lightly``.
+"""Run a library's own tests against the drop-ins.
 
-Classes are swapped before the tests are collected, so that ``from lightly.loss import NTXentLoss`` finds ours.
+``pytest -p fastcl.integrations.pytest_plugin --fastcl-patch=lightly lightly/tests/loss``. Classes are swapped before
+tests are collected, so that ``from lightly.loss import NTXentLoss`` finds ours.
 """
 
 from __future__ import annotations

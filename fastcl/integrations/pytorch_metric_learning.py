@@ -2,9 +2,9 @@
 
 They work under ``SelfSupervisedLoss``, ``CrossBatchMemory`` and ``DistributedLossWrapper``, and with any reducer. What
 is fused: cosine and dot-product similarity, for ``TripletMarginLoss`` and ``ContrastiveLoss`` also the Euclidean
-distance; all pairs, or a tuple of indices whose negatives are all negatives (what ``CrossBatchMemory`` and the efficient
-``DistributedLossWrapper`` pass). Everything else is the library's own code: other distances, the tuples of a miner,
-``collect_stats``, float labels, methods that a subclass of yours replaces.
+distance; all pairs, or a tuple of indices whose negatives are all negatives (what ``CrossBatchMemory`` and the
+efficient ``DistributedLossWrapper`` pass). Everything else is the library's own code: other distances, the tuples of a
+miner, ``collect_stats``, float labels, methods that a subclass of yours replaces.
 
 ``strict=True`` keeps two faults: rows are normalised in their own dtype, where a zero row in fp16 becomes NaN, and
 ``NTXentLoss`` adds the smallest normal number inside the logarithm, so that no pair costs more than 87.3 in fp32 and a
@@ -21,15 +21,15 @@ from torch.nn.functional import logsigmoid
 
 from .. import functional as F
 from ..hinges import pair_hinges
-from ..pairwise import l2_normalize, listed_dot, merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
+from ..pairwise import l2_normalize, listed_dot, pair_logsumexp, pair_softplus_sum, row_dot
 from ..triples import class_runs, positive_indices
 from ._dropin import DropIn, as_original, upstream
 
 UPSTREAM = "pytorch_metric_learning.losses"
 ORIGIN = "pip install pytorch-metric-learning"
-_losses = upstream(UPSTREAM, ORIGIN)
-_distances = upstream("pytorch_metric_learning.distances", ORIGIN)
-_reducers = upstream("pytorch_metric_learning.reducers", ORIGIN)
+_losses: Any = upstream(UPSTREAM, ORIGIN)
+_distances: Any = upstream("pytorch_metric_learning.distances", ORIGIN)
+_reducers: Any = upstream("pytorch_metric_learning.reducers", ORIGIN)
 
 __all__ = ["ContrastiveLoss", "MultiSimilarityLoss", "NPairsLoss", "NTXentLoss", "SupConLoss", "TripletMarginLoss"]
 
@@ -70,7 +70,7 @@ class _Batch:
         return listed_dot(self.q, self.q if self.k is None else self.k, rows, columns)
 
     def logsumexp(self, **options: Any) -> Tensor:
-        return pair_logsumexp(self.q, self.k, **options)  # type: ignore[no-any-return]
+        return pair_logsumexp(self.q, self.k, **options)
 
     def segment_logsumexp(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Of listed logits ``(P,)`` by row ``(M,)``; -inf for a row without."""
@@ -90,6 +90,7 @@ class _Fused(DropIn):
     own_code: tuple[str, ...] = ("_compute_loss",)
     distance: Any
     reducer: Any
+    collect_stats: bool
 
     def compute_loss(self, embeddings: Tensor, labels: Any, indices: Indices, ref_emb: Tensor, ref_labels: Any) -> Any:
         if self._can(labels, ref_labels) and len(embeddings) * len(ref_emb) > 2:
@@ -115,7 +116,7 @@ class _Fused(DropIn):
         return (
             self._measures()
             and (self.distance.p, self.distance.power) == (2, 1)
-            and not (self.collect_stats or self.distance.collect_stats or self.reducer.collect_stats)  # type: ignore[attr-defined]
+            and not any(part.collect_stats for part in (self, self.distance, self.reducer))
             and all(isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 1 for t in labels)
             and all(getattr(type(self), name) is getattr(original, name) for name in self.own_code)
         )
@@ -141,13 +142,15 @@ class _Fused(DropIn):
 
     @staticmethod
     def _in_dtype(part: dict[str, Any], embeddings: Tensor) -> dict[str, Any]:
-        return {**part, "losses": as_original(part["losses"], embeddings)}
+        losses = part["losses"]  # the number 0 where there are none
+        return {**part, "losses": as_original(losses, embeddings) if isinstance(losses, Tensor) else losses}
 
     def _reduction(self, name: str = "loss") -> str | None:
         """``"mean"`` or ``"mean above 0"`` where the reducer is exactly that: then no list of losses is needed."""
         reducer = self.reducer
         if type(reducer) is _reducers.MultipleReducers:
-            reducer = reducer.reducers[name] if name in reducer.reducers else reducer.default_reducer
+            own = reducer.reducers  # a ModuleDict, which has no get
+            reducer = own[name] if name in own else reducer.default_reducer  # noqa: SIM401
         if reducer.collect_stats:
             return None
         if type(reducer) is _reducers.MeanReducer:
@@ -253,7 +256,7 @@ class NPairsLoss(_Fused, DropIn, _losses.NPairsLoss):
         first = first[end[order[first]] - first > 1]
         self.num_pairs = len(first)
         if not len(first):
-            return self.zero_losses()  # type: ignore[attr-defined, no-any-return]
+            return self.zero_losses()
         anchors, positives = order[first], order[first + 1]
         losses = F.info_nce(batch.q[anchors], batch.q[positives], temperature=1.0, reduction="none")
         return {"loss": {"losses": losses, "indices": anchors, "reduction_type": "element"}}

@@ -31,10 +31,11 @@ from ..functional.queries import harder_logsumexp
 from ..pairwise import gathered_dot, l2_normalize, merge_logsumexp, pair_logsumexp, row_dot
 from ._dropin import DropIn, as_original, image_ids, upstream
 
-DISTRIBUTION = "sentence-transformers"
-_losses: Any = upstream("sentence_transformers.sentence_transformer.losses", DISTRIBUTION)
-_util: Any = upstream("sentence_transformers.util", DISTRIBUTION)
-_embed_columns = upstream("sentence_transformers.base.losses.merged_forward", DISTRIBUTION).embed_columns
+UPSTREAM = "sentence_transformers.sentence_transformer.losses"
+ORIGIN = "pip install sentence-transformers"
+_losses: Any = upstream(UPSTREAM, ORIGIN)
+_util: Any = upstream("sentence_transformers.util", ORIGIN)
+_embed_columns = upstream("sentence_transformers.base.losses.merged_forward", ORIGIN).embed_columns
 SiameseDistanceMetric = _losses.SiameseDistanceMetric
 TripletDistanceMetric = _losses.TripletDistanceMetric
 

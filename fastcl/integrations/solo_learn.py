@@ -22,6 +22,9 @@ from ..functional._arguments import inverse, operand
 from ..pairwise import l2_normalize, pair_logsumexp, row_dot
 from ._dropin import as_original, gathered, image_ids, ranks, softmax_rows
 
+UPSTREAM = "solo.losses"
+ORIGIN = "see github.com/vturrisi/solo-learn"
+
 __all__ = [
     "byol_loss_func",
     "manual_simclr_loss_func",

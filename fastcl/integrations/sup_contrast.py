@@ -15,6 +15,9 @@ from .._checks import Scalar, sentence
 from ..functional._arguments import inverse, operand
 from ..pairwise import pair_logsumexp, row_dot
 
+UPSTREAM = "losses"
+ORIGIN = "put losses.py of github.com/HobbitLong/SupContrast on the path"
+
 __all__ = ["SupConLoss"]
 
 

@@ -1,0 +1,108 @@
+"""What is particular to pytorch-metric-learning: no pair is listed, wrappers, faults, and what falls back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.dropins import Draw, backward
+
+upstream = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+
+from benchmarks.dropins import pytorch_metric_learning as cases  # noqa: E402
+from benchmarks.family import nothing_kept  # noqa: E402
+from fastcl._measure import peak_bytes  # noqa: E402
+from fastcl.integrations import pytorch_metric_learning as ours  # noqa: E402
+
+NAMES = ours.__all__
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.fused], ids=lambda case: case.label)
+def test_fused_cases_never_form_the_matrix(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case.build(Draw(37, 5, seed=1))
+
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("the original's distance matrix")
+
+    from pytorch_metric_learning.distances import BaseDistance
+
+    monkeypatch.setattr(BaseDistance, "forward", refused)
+    assert problem.ours(*problem.leaves).isfinite()
+    with pytest.raises(AssertionError, match="distance matrix"):
+        problem.theirs(*problem.leaves)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_arguments_attributes_and_state(name: str) -> None:
+    mine, theirs = getattr(ours, name), getattr(upstream, name)
+    parameters = dict(inspect.signature(mine).parameters)
+    assert parameters.pop("strict").default is None
+    assert parameters == dict(inspect.signature(theirs).parameters)
+    assert mine.__name__ == theirs.__name__ and issubclass(mine, theirs)
+    loss, original = mine(), theirs()
+    assert set(vars(loss)) - {"strict"} == set(vars(original))
+    assert loss.state_dict().keys() == original.state_dict().keys()
+
+
+def test_the_cap_of_the_logarithm() -> None:
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.01], [0.9, 0.1]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1])
+    exact, grads = backward(lambda z: ours.NTXentLoss(temperature=0.01)(z, labels), [z])
+    capped, no_grads = backward(lambda z: upstream.NTXentLoss(temperature=0.01)(z, labels), [z])
+    strict, strict_grads = backward(lambda z: ours.NTXentLoss(temperature=0.01, strict=True)(z, labels), [z])
+    assert exact > 50 > 44 > capped  # two of four pairs cost 100, and are capped at 87.3
+    assert torch.isclose(strict, capped, rtol=1e-5)
+    assert torch.allclose(strict_grads[0], no_grads[0], atol=1e-4 * grads[0].norm().item())
+    wide, _ = backward(
+        lambda z: upstream.NTXentLoss(temperature=0.01)(z, labels), [z.detach().double().requires_grad_()]
+    )
+    assert torch.isclose(exact.double(), wide, rtol=1e-5)
+
+
+def test_a_replaced_method_is_called() -> None:
+    class Mine(ours.NTXentLoss):  # type: ignore[misc, name-defined]
+        def _compute_loss(self, pos_pairs: Tensor, neg_pairs: Tensor, indices_tuple: Any) -> Any:
+            losses = {**super()._compute_loss(pos_pairs, neg_pairs, indices_tuple)["loss"]}
+            return {"loss": {**losses, "losses": losses["losses"] * 0 + 7}}
+
+    assert Mine()(torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])) == 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("labels", [[0], [0, 1], [3, 3], [5, 5, 5, 5], [0, 1, 2, 3]])
+def test_batches_without_positives_or_negatives(name: str, labels: list[int]) -> None:
+    z = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    both = [backward(lambda z, loss=loss: loss(z, torch.tensor(labels)), [z]) for loss in cases.pair(name)]
+    (mine, grads), (theirs, exact) = both
+    assert torch.allclose(mine, theirs, atol=1e-6) and torch.allclose(grads[0], exact[0], atol=1e-6)
+
+
+def test_float_labels_and_statistics_are_the_originals() -> None:
+    z, labels = torch.randn(6, 3), torch.tensor([0.5, 0.5, 1, 1, 2, 2])
+    assert torch.equal(ours.NTXentLoss()(z, labels), upstream.NTXentLoss()(z, labels))
+    loss = ours.SupConLoss(collect_stats=True)
+    loss(z, labels.long())
+    assert hasattr(loss, "temperature")
+
+
+def test_distributed_wrapper_takes_our_classes() -> None:
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+    z, labels = torch.randn(8, 3), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    with pytest.warns(UserWarning, match="non-distributed"):
+        wrapped = DistributedLossWrapper(ours.SupConLoss(), efficient=True)(z, labels)
+    assert torch.isclose(wrapped, upstream.SupConLoss()(z, labels), rtol=1e-5)
+
+
+def test_memory_of_a_label_per_image_grows_with_the_batch() -> None:
+    def step(n: int) -> int:
+        z, labels = torch.randn(n, 16, requires_grad=True), torch.arange(n // 2).repeat(2)
+        return peak_bytes(lambda: ours.NTXentLoss()(z, labels).backward())
+
+    step(64)
+    with nothing_kept():
+        assert step(2048) < 3 * step(1024)
