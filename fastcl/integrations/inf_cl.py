@@ -2,8 +2,9 @@
 
 The repository is copied, not installed, and its kernels need a GPU; these functions stand alone and run anywhere.
 Losses are fp32, as there. What differs: rows may have any width, and ``head_dim``, by which the original cuts them, is
-taken and not used; inner products of fp32 rows are not rounded to TF32 by us; ``scale`` may be a number on one process;
-logits may be of any size, where ``cal_ring_loss`` overflows from 89 on.
+taken and not used; fp32 rows are multiplied as fastcl's settings say, not always as TF32; without a process group
+``scale`` has a gradient in all functions, where the original's is an all-reduce that fails; logits may be of any size,
+where ``cal_ring_loss`` overflows from 89 on.
 
 On several ranks the keys of all are candidates, as many on each. The original sends them around in a ring, here they
 are gathered, ``(W N, D)`` on every rank, and their gradient is reduce-scattered. The original sums the gradient of

@@ -135,10 +135,7 @@ def manual_simclr_loss_func(z: Tensor, pos_mask: Tensor, neg_mask: Tensor, tempe
     rows = operand(l2_normalize(z))
     with torch.autocast(z.device.type, enabled=False):
         s = rows @ rows.T * inverse(temperature, z)
-    # a row without negatives is given 0 for them until its logarithm is taken: its gradient would be NaN
-    some = negative.any(1, keepdim=True)
-    n = s.masked_fill(~negative & some, -torch.inf).logsumexp(1, keepdim=True)
-    n = torch.where(some, n, -torch.inf)
+    n = s.masked_fill(~negative, -torch.inf).logsumexp(1, keepdim=True)
     count = positive.sum(1)
     loss = -logsigmoid(s - n).masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
     return as_original(loss.sum() / (count > 0).sum().clamp(min=1), z)

@@ -40,7 +40,7 @@ def test_a_row_is_its_own_label_by_default(keys: int) -> None:
 @pytest.mark.parametrize("keys", [4, M, 20])
 def test_labels_may_repeat(keys: int) -> None:
     labels = torch.tensor([0, 3, 3, 1, 2, 1, 3, 0, 3])
-    for given in (labels, labels.int()):
+    for given in (labels, labels.int(), labels.short()):
         fp32_check(
             lambda q, k, scale, given=given: cal_flash_loss(q, k, given, scale),
             lambda q, k, scale: formula(q, k, labels, scale),

@@ -75,6 +75,13 @@ def _simclr(indexes: Callable[[int | None], Tensor]) -> Loss:
     )
 
 
+def _moco_v3(module: Any, x: Tensor, y: Tensor, scale: Tensor, rank: int | None) -> Tensor:
+    """Keys of several ranks receive no gradient, and in one process those that ask for none."""
+    key = _paired(y).detach() if rank is None else _paired(y)
+    loss: Tensor = module.mocov3_loss_func(x, key, 1 / scale)
+    return loss
+
+
 def _grad_cache(**options: Any) -> Loss:
     """One process has the class without ranks."""
 
@@ -103,10 +110,7 @@ LOSSES: dict[str, tuple[Any, Loss]] = {
     "simclr, images": (solo_learn, _simclr(images)),
     "simclr, labels": (solo_learn, _simclr(lambda rank: each(LABELS, rank))),
     "nnclr": (solo_learn, lambda module, x, y, scale, rank: module.nnclr_loss_func(x, _paired(y), 1 / scale)),
-    "mocov3": (
-        solo_learn,
-        lambda module, x, y, scale, rank: module.mocov3_loss_func(x, _paired(y).detach(), 1 / scale),
-    ),
+    "mocov3": (solo_learn, _moco_v3),
     "grad_cache": (grad_cache, _grad_cache()),
     "grad_cache, sum": (grad_cache, _grad_cache(reduction="sum")),
     "grad_cache, none": (grad_cache, _grad_cache(reduction="none")),
