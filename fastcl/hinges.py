@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from .pairwise import apply, once_differentiable
+from .triples import distance_grad, distance_tile
 
 _TILE = 2**20  # numbers of a tile of distances; a handful of such tiles live at once
 
@@ -52,6 +53,9 @@ def pair_hinges(
         labels, column_labels: ``(M,)`` and ``(N,)`` integers; the second is omitted with ``k``.
         distance: ``"euclidean"`` or ``"squared"``, in fp64, or ``"cosine"``, 1 - <q, k>, in the dtype of the rows.
         skip_diagonal: pair i, i does not count.
+
+    Raises:
+        TypeError, ValueError: rows or labels that do not fit, an unknown distance.
     """
     _checks.rows(q=q) if k is None else _checks.rows(q=q, k=k)
     _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
@@ -101,16 +105,10 @@ class _Hinges(torch.autograd.Function):
         dx = torch.zeros_like(x)
         dy = dx if k is None else torch.zeros_like(y)
         for tile in _tiles(q, k, labels, column_labels, *ctx.options):
-            w = tile.weights(*grad.to(exact))
-            if distance == "cosine":
-                dx[tile.rows] -= w @ y[tile.columns]
-                dy[tile.columns] -= w.T @ x[tile.rows]
-                continue
-            # of equal rows the distance has gradient 0
-            apart = tile.d > 0
-            w = 2 * w if distance == "squared" else torch.where(apart, w / torch.where(apart, tile.d, 1), 0)
-            dx[tile.rows] += w.sum(1)[:, None] * x[tile.rows] - w @ y[tile.columns]
-            dy[tile.columns] += w.sum(0)[:, None] * y[tile.columns] - w.T @ x[tile.rows]
+            rows, columns = tile.rows, tile.columns
+            row_grad, col_grad = distance_grad(tile.weights(*grad.to(exact)), tile.d, x[rows], y[columns], distance)
+            dx[rows] += row_grad
+            dy[columns] += col_grad
         return dx.to(q.dtype), None if k is None else dy.to(k.dtype), None, None, None, None, None
 
 
@@ -167,16 +165,10 @@ def _tiles(
     for first in range(0, len(x), height):
         rows = slice(first, min(first + height, len(x)))
         columns = slice(first if k is None else 0, len(y))
-        with torch.autocast(q.device.type, enabled=False):
-            d = x[rows] @ y[columns].T
+        d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], distance)
         own = at[rows, None] == at[columns]
-        if distance == "cosine":
-            d = 1 - d
-        else:
-            d = (x_squares[rows, None] + y_squares[columns] - 2 * d).clamp_(min=0)
-            if k is None:
-                d.masked_fill_(own, 0)
-            d = d if distance == "squared" else d.sqrt_()
+        if k is None and distance != "cosine":
+            d.masked_fill_(own, 0)
         positive = labels[rows, None] == column_labels[columns]
         negative = ~positive
         if skip_diagonal:

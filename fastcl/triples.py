@@ -85,6 +85,28 @@ def _triplets(
     return apply(_Triplets, rule, z, labels, margin, distance)
 
 
+def distance_tile(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor, distance: str) -> Tensor:
+    """Distances of rows ``(A, D)`` and columns ``(N, D)`` with their squared lengths, ``(A, N)``.
+
+    Euclidean ones, squared or not, lose half the digits of rows that are near each other: pass fp64.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        d = x @ y.T
+    if distance == "cosine":
+        return 1 - d
+    d = (x_squares[:, None] + y_squares - 2 * d).clamp_(min=0)
+    return d if distance == "squared" else d.sqrt_()
+
+
+def distance_grad(w: Tensor, d: Tensor, x: Tensor, y: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and columns from those of a tile of distances, ``w``; that of equal rows is 0."""
+    if distance == "cosine":
+        return -(w @ y), -(w.T @ x)
+    apart = d > 0
+    w = 2 * w if distance == "squared" else torch.where(apart, w / torch.where(apart, d, 1), 0)
+    return w.sum(1)[:, None] * x - w @ y, w.sum(0)[:, None] * y - w.T @ x
+
+
 class _ClassSums(torch.autograd.Function):
     """The gradient of a row is the sum of the gradients of the other rows of its class: the same operation."""
 
@@ -143,17 +165,11 @@ class _Triplets(torch.autograd.Function):
         rows = z.double()
         dz = torch.zeros_like(rows)
         for block in _blocks(ctx.rule, z, labels, ctx.margin, ctx.distance):
-            w = block.weights() * grad[block.anchors, None]
-            if ctx.distance == "cosine":
-                dz[block.anchors] -= w @ rows
-                dz -= w.T @ rows[block.anchors]
-                continue
-            if ctx.distance == "euclidean":
-                w = torch.where(block.d > 0, w / torch.where(block.d > 0, block.d, 1), 0)
-            else:
-                w = 2 * w
-            dz[block.anchors] += w.sum(1)[:, None] * rows[block.anchors] - w @ rows
-            dz += w.sum(0)[:, None] * rows - w.T @ rows[block.anchors]
+            dx, dy = distance_grad(
+                block.weights() * grad[block.anchors, None], block.d, rows[block.anchors], rows, ctx.distance
+            )
+            dz[block.anchors] += dx
+            dz += dy
         return None, dz.to(z.dtype), None, None, None
 
 
@@ -276,14 +292,9 @@ def _blocks(rule: type[_Block], z: Tensor, labels: Tensor, margin: float | None,
     slot = torch.arange(most, device=z.device)
     for first in range(0, n, height):
         anchors = slice(first, min(first + height, n))
-        with torch.autocast(z.device.type, enabled=False):
-            d = rows[anchors] @ rows.T
-        if distance == "cosine":
-            d = 1 - d
-        else:
-            d = (squares[anchors, None] + squares - 2 * d).clamp_(min=0)
+        d = distance_tile(rows[anchors], rows, squares[anchors], squares, distance)
+        if distance != "cosine":
             d[at[anchors] - first, at[anchors]] = 0
-            d = d if distance == "squared" else d.sqrt_()
         place = start[anchors, None] + slot
         inside = place < end[anchors, None]
         positives = order[torch.where(inside, place, start[anchors, None])]

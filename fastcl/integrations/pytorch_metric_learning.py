@@ -7,8 +7,8 @@ efficient ``DistributedLossWrapper`` pass). Everything else is the library's own
 miner, ``collect_stats``, float labels, methods that a subclass of yours replaces.
 
 ``strict=True`` keeps two faults: rows are normalised in their own dtype, where a zero row in fp16 becomes NaN, and
-``NTXentLoss`` adds the smallest normal number inside the logarithm, so that no pair costs more than 87.3 in fp32 and a
-pair that costs that much receives no gradient.
+``NTXentLoss`` adds the smallest normal number inside the logarithm, so that no pair costs more than 87.3 (in fp16 9.7)
+and a pair that costs that much receives no gradient.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import functional as F
+from ..functional._arguments import operand
 from ..hinges import pair_hinges
 from ..pairwise import l2_normalize, listed_dot, pair_logsumexp, pair_softplus_sum, row_dot
-from ..triples import class_runs, positive_indices
+from ..triples import batch_all, class_runs, positive_indices
 from ._dropin import DropIn, as_original, upstream
 
 UPSTREAM = "pytorch_metric_learning.losses"
@@ -189,7 +190,7 @@ class NTXentLoss(_Fused, DropIn, _losses.NTXentLoss):
         rows, columns = batch.list_positives()
         losses = -logsigmoid(batch.dot(rows, columns) * scale - negatives[rows])
         if self.strict:
-            losses = -(torch.exp(-losses) + torch.finfo(losses.dtype).tiny).log()
+            losses = -(torch.exp(-losses) + torch.finfo(batch.q.dtype).tiny).log()
         return {"loss": {"losses": losses, "indices": (rows, columns), "reduction_type": "pos_pair"}}
 
 
@@ -202,7 +203,7 @@ class SupConLoss(_Fused, DropIn, _losses.SupConLoss):
         if not self.temperature > 0:
             return None
         scale = 1 / self.temperature
-        several = (batch.labels[:, None] != batch.columns[:1]).any() | (batch.columns != batch.columns[:1]).any()
+        several = (batch.labels != batch.columns[:1]).any() | (batch.columns != batch.columns[:1]).any()
         if batch.listed is None and batch.same and batch.k is None:
             losses = F.supcon(batch.q, batch.labels, temperature=self.temperature, reduction="none")
             return _elements(torch.where(several, losses, 0))
@@ -287,13 +288,10 @@ class TripletMarginLoss(_Margins, DropIn, _losses.TripletMarginLoss):
         plain = not (self.swap or self.smooth_loss) and self.triplets_per_anchor == "all"
         if not plain or batch.k is not None or not batch.same or batch.listed is not None or reduction is None:
             return None
-        options: dict[str, Any] = {"margin": float(self.margin), "distance": self._distance}
-        if reduction == "mean above 0":
-            mean = F.triplet_all(batch.q, batch.labels, **options)
-            return {"loss": _reduced(mean, torch.ones((), device=mean.device))}
-        total = F.triplet_all(batch.q, batch.labels, reduction="sum", **options)
+        sums, above = batch_all(operand(batch.q), batch.labels, float(self.margin), self._distance)
         _, start, end = class_runs(batch.labels)
-        return {"loss": _reduced(total, ((end - start - 1) * (len(batch.labels) - (end - start))).sum())}
+        triplets = ((end - start - 1) * (len(batch.labels) - (end - start))).sum()
+        return {"loss": _reduced(sums.sum(), above if reduction == "mean above 0" else triplets)}
 
 
 class ContrastiveLoss(_Margins, DropIn, _losses.ContrastiveLoss):

@@ -84,9 +84,20 @@ def test_batches_without_positives_or_negatives(name: str, labels: list[int]) ->
 def test_float_labels_and_statistics_are_the_originals() -> None:
     z, labels = torch.randn(6, 3), torch.tensor([0.5, 0.5, 1, 1, 2, 2])
     assert torch.equal(ours.NTXentLoss()(z, labels), upstream.NTXentLoss()(z, labels))
-    loss = ours.SupConLoss(collect_stats=True)
-    loss(z, labels.long())
-    assert hasattr(loss, "temperature")
+    loss = ours.SupConLoss(distance=cases.part("distances", "CosineSimilarity", collect_stats=True))
+    loss(z * 3, labels.long())
+    assert abs(loss.distance.initial_avg_query_norm - (3 * z).norm(dim=1).mean().item()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strict_caps_as_the_dtype_of_the_rows_does(dtype: torch.dtype) -> None:
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=dtype)
+    labels = torch.tensor([0, 0, 1, 1])
+    capped = upstream.NTXentLoss(temperature=0.02)(z, labels)
+    strict = ours.NTXentLoss(temperature=0.02, strict=True)(z, labels)
+    assert strict.dtype == capped.dtype == dtype
+    assert torch.isclose(strict, capped, rtol=2e-3 if dtype == torch.float16 else 1e-5)
+    assert ours.NTXentLoss(temperature=0.02)(z, labels) > 1.05 * capped
 
 
 def test_distributed_wrapper_takes_our_classes() -> None:
