@@ -106,7 +106,44 @@ def _inf_cl(name: str, **options: Any) -> Loss:
     return loss
 
 
+def _installed(library: str) -> Any:
+    """The drop-ins of a library that they need, or nothing where it is not installed."""
+    try:
+        return import_module(f"fastcl.integrations.{library}")
+    except ImportError:
+        return None
+
+
+def _clip(name: str, strict: bool = False, **options: Any) -> Loss:
+    def loss(module: Any, x: Tensor, y: Tensor, scale: Tensor, rank: int | None) -> Tensor:
+        ranks = {"rank": 0, "world_size": 1} if rank is None else {"rank": rank, "world_size": RANKS}
+        given = {"strict": True} if strict and module is open_clip else {}
+        bias = () if name == "ClipLoss" else (-scale,)
+        value: Tensor = getattr(module, name)(**options, **ranks, **given)(
+            x, _paired(y).contiguous(), scale, *bias
+        )  # open_clip sends them
+        return value
+
+    return loss
+
+
+def _lightly(name: str) -> Loss:
+    return lambda module, x, y, scale, rank: getattr(module, name)(1 / scale, gather_distributed=True)(x, _paired(y))
+
+
+lightly, open_clip = _installed("lightly"), _installed("open_clip")
 LOSSES: dict[str, tuple[Any, Loss]] = {
+    "lightly NTXentLoss": (lightly, _lightly("NTXentLoss")),
+    "lightly DCLLoss": (lightly, _lightly("DCLLoss")),
+    "open_clip": (open_clip, _clip("ClipLoss")),
+    "open_clip, strict": (open_clip, _clip("ClipLoss", strict=True)),
+    "open_clip, gradients gathered": (open_clip, _clip("ClipLoss", gather_with_grad=True)),
+    "open_clip, local": (open_clip, _clip("ClipLoss", local_loss=True, gather_with_grad=True)),
+    "open_clip, local without gradients": (open_clip, _clip("ClipLoss", local_loss=True)),
+    **{
+        f"open_clip SigLipLoss, {way}": (open_clip, _clip("SigLipLoss", dist_impl=way))
+        for way in ("bidir", "shift", "reduce", "gather")
+    },
     "simclr, images": (solo_learn, _simclr(images)),
     "simclr, labels": (solo_learn, _simclr(lambda rank: each(LABELS, rank))),
     "nnclr": (solo_learn, lambda module, x, y, scale, rank: module.nnclr_loss_func(x, _paired(y), 1 / scale)),
@@ -147,10 +184,12 @@ def main(rank: int, folder: Path) -> None:
     x, y = inputs()
     found: dict[str, Any] = {}
     for name, (module, loss_of) in LOSSES.items():
+        if module is None:
+            continue
         found[name] = run(DistributedDataParallel(Model()), module, loss_of, x[rank], y[rank], rank)
     for name, (module, loss_of) in LOSSES.items():
-        if name.startswith("inf"):
-            continue  # its kernels
+        if name.startswith("inf") or module is None:
+            continue  # its kernels; nothing to compare
         try:
             upstream = theirs(module)
         except ImportError:
