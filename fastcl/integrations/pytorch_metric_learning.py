@@ -93,6 +93,11 @@ class _Fused(DropIn):
     reducer: Any
     collect_stats: bool
 
+    def forward(self, embeddings: Tensor, *args: Any, **options: Any) -> Any:
+        """The library's arguments; a loss in the dtype of the embeddings, or what its reducer makes of it."""
+        loss = super().forward(embeddings, *args, **options)  # type: ignore[misc]
+        return as_original(loss, embeddings) if isinstance(loss, Tensor) else loss
+
     def compute_loss(self, embeddings: Tensor, labels: Any, indices: Indices, ref_emb: Tensor, ref_labels: Any) -> Any:
         if self._can(labels, ref_labels) and len(embeddings) * len(ref_emb) > 2:
             known = None if indices is None else self._known(indices, labels, ref_labels)
@@ -101,7 +106,7 @@ class _Fused(DropIn):
                 k = None if ref_emb is embeddings else self._rows(ref_emb)
                 found = self._fused(_Batch(q, k, labels, ref_labels, known))
                 if found is not None:
-                    return {name: self._in_dtype(part, embeddings) for name, part in found.items()}
+                    return {name: self._in_dtype(name, part, embeddings) for name, part in found.items()}
         return super().compute_loss(embeddings, labels, indices, ref_emb, ref_labels)  # type: ignore[misc]
 
     def _fused(self, batch: _Batch) -> dict[str, Any] | None:
@@ -141,10 +146,11 @@ class _Fused(DropIn):
         complete = (labels[other] != columns[negative]).all() & (place.diff() > 0).all()
         return (anchor, positive) if complete else None
 
-    @staticmethod
-    def _in_dtype(part: dict[str, Any], embeddings: Tensor) -> dict[str, Any]:
+    def _in_dtype(self, name: str, part: dict[str, Any], embeddings: Tensor) -> dict[str, Any]:
+        """Losses in the dtype that other reducers than those of a mean expect; a mean is rounded once, at its end."""
         losses = part["losses"]  # the number 0 where there are none
-        return {**part, "losses": as_original(losses, embeddings) if isinstance(losses, Tensor) else losses}
+        rounds = isinstance(losses, Tensor) and self._reduction(name) is None
+        return {**part, "losses": as_original(losses, embeddings) if rounds else losses}
 
     def _reduction(self, name: str = "loss") -> str | None:
         """``"mean"`` or ``"mean above 0"`` where the reducer is exactly that: then no list of losses is needed."""
