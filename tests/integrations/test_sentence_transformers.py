@@ -103,3 +103,39 @@ def test_memory_grows_with_the_batch(directions: tuple[str, ...]) -> None:
 
     with nothing_kept():
         assert step(2048) < 3 * step(1024)
+
+
+def test_a_zero_embedding_receives_no_gradient_unless_strict() -> None:
+    def gradient(loss: Any) -> Tensor:
+        columns = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        columns[0][1] = 0
+        columns[0].requires_grad_()
+        loss.compute_loss_from_embeddings(columns, None).backward()
+        assert columns[0].grad is not None
+        return columns[0].grad[1].norm()
+
+    mine, theirs = pair("MultipleNegativesRankingLoss", tiny_model())
+    strict = ours.MultipleNegativesRankingLoss(tiny_model(), strict=True)
+    assert gradient(mine) == 0 and gradient(theirs) > 1e9
+    assert torch.isclose(gradient(strict), gradient(theirs), rtol=1e-5)
+
+
+def test_a_row_is_no_negative_of_itself_unless_strict() -> None:
+    columns = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+    def loss(**options: Any) -> Tensor:
+        made = ours.GISTEmbedLoss(tiny_model(), tiny_model(), temperature=0.1, margin=-3.0, **options)
+        return made.compute_loss_from_embeddings(columns, columns)  # type: ignore[no-any-return]
+
+    # the margin lets every pair count: logits of the row of query i are against all keys, queries and other keys
+    q, k = (torch.nn.functional.normalize(column.double(), dim=1) for column in columns)
+    itself = torch.eye(4, dtype=torch.bool)
+
+    def dense(with_itself: bool) -> Tensor:
+        among = [q @ q.T, k @ k.T]
+        if not with_itself:
+            among = [s.masked_fill(itself, -torch.inf) for s in among]
+        return torch.nn.functional.cross_entropy(torch.cat([q @ k.T, *among], 1) / 0.1, torch.arange(4))
+
+    assert torch.isclose(loss().double(), dense(False), rtol=1e-5)
+    assert torch.isclose(loss(strict=True).double(), dense(True), rtol=1e-5)
