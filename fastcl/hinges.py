@@ -17,7 +17,7 @@ from . import _checks
 from .pairwise import apply, once_differentiable
 from .triples import distance_grad, distance_tile
 
-_TILE = 2**20  # numbers of a tile of distances; a handful of such tiles live at once
+_TILE = 2**17  # numbers of a tile of distances, a handful of which live at once: they should stay in the cache
 
 
 class HingeSums(NamedTuple):
