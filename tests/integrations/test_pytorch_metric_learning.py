@@ -117,3 +117,26 @@ def test_memory_of_a_label_per_image_grows_with_the_batch() -> None:
     step(64)
     with nothing_kept():
         assert step(2048) < 3 * step(1024)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "MultiSimilarityLoss"])
+@pytest.mark.parametrize("change", ["none", "one missing", "one of equal labels", "one twice", "out of order"])
+def test_listed_negatives_are_taken_as_listed(name: str, change: str) -> None:
+    z = torch.randn(9, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    same, at = labels[:, None] == labels, torch.arange(9)
+    anchor, positive = torch.where(same & (at[:, None] != at))
+    other, negative = torch.where(~same)
+    if change == "one missing":
+        other, negative = other[1:], negative[1:]
+    elif change == "one of equal labels":  # the pair of rows 0 and 1 leaves the positives and takes a negative's place
+        anchor, positive = anchor[1:], positive[1:]
+        other, negative = torch.cat([at[:1], other[1:]]), torch.cat([at[1:2], negative[1:]])
+    elif change == "one twice":
+        other, negative = torch.cat([other[1:2], other[1:]]), torch.cat([negative[1:2], negative[1:]])
+    elif change == "out of order":
+        other, negative = other.flip(0), negative.flip(0)
+    indices = anchor, positive, other, negative
+    both = [backward(lambda z, loss=loss: loss(z, labels, indices), [z]) for loss in cases.pair(name)]
+    (mine, grads), (theirs, exact) = both
+    assert torch.isclose(mine, theirs, rtol=1e-5) and torch.allclose(grads[0], exact[0], rtol=1e-4, atol=1e-6)
