@@ -127,8 +127,10 @@ def test_listed_negatives_are_taken_as_listed(name: str, change: str) -> None:
     same, at = labels[:, None] == labels, torch.arange(9)
     anchor, positive = torch.where(same & (at[:, None] != at))
     other, negative = torch.where(~same)
-    if change == "one missing":
-        other, negative = other[1:], negative[1:]
+    if change == "one missing":  # the one that weighs most
+        unit = torch.nn.functional.normalize(z.detach(), dim=1)
+        kept = torch.arange(len(other)) != (unit[other] * unit[negative]).sum(1).argmax()
+        other, negative = other[kept], negative[kept]
     elif change == "one of equal labels":  # the pair of rows 0 and 1 leaves the positives and takes a negative's place
         anchor, positive = anchor[1:], positive[1:]
         other, negative = torch.cat([at[:1], other[1:]]), torch.cat([at[1:2], negative[1:]])
