@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .pairwise import apply, once_differentiable
+from .pairwise import add_rows, apply, once_differentiable
 from .triples import distance_grad, distance_tile
 
 _TILE = 2**17  # numbers of a tile of distances, a handful of which live at once: they should stay in the cache
@@ -51,7 +51,8 @@ def pair_hinges(
         q: ``(M, D)`` rows.
         k: ``(N, D)`` columns; ``None`` for ``q`` itself, which costs half.
         labels, column_labels: ``(M,)`` and ``(N,)`` integers; the second is omitted with ``k``.
-        distance: ``"euclidean"`` or ``"squared"``, in fp64, or ``"cosine"``, 1 - <q, k>, in the dtype of the rows.
+        distance: ``"euclidean"``, ``"squared"`` or ``"cosine"``, 1 - <q, k>; in fp32, or fp64 for fp64 rows. The
+            squares of near rows, whose difference would lose digits, are computed from the rows themselves.
         skip_diagonal: pair i, i does not count.
 
     Raises:
@@ -99,14 +100,30 @@ class _Hinges(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         q, k, labels, column_labels = ctx.saved_tensors
         _, distance, _ = ctx.options
-        exact = _exact(q, distance)
-        x = q.to(exact)
-        y = x if k is None else k.to(exact)
+        x, y = _wide(q, k)
         dx = torch.zeros_like(x)
         dy = dx if k is None else torch.zeros_like(y)
         for tile in _tiles(q, k, labels, column_labels, *ctx.options):
+            w = tile.weights(*grad.to(x.dtype))
             rows, columns = tile.rows, tile.columns
-            row_grad, col_grad = distance_grad(tile.weights(*grad.to(exact)), tile.d, x[rows], y[columns], distance)
+            if distance == "cosine":
+                row_grad, col_grad = distance_grad(w, tile.d, x[rows], y[columns], distance)
+            else:
+                # Most pairs cost nothing, and near ones need the difference of their rows: both are listed.
+                active = w != 0
+                few = 16 * int(active.sum()) <= w.numel()
+                i, j = (active if few else active & tile.near).nonzero(as_tuple=True)
+                row_grad, col_grad = torch.zeros_like(x[rows]), torch.zeros_like(y[columns])
+                for part in _chunks(i, x.shape[1]):
+                    a, b = i[part], j[part]
+                    slope = 2 * w[a, b] if distance == "squared" else w[a, b] / tile.d[a, b].clamp(min=_tiny(x))
+                    difference = (x[rows][a] - y[columns][b]) * slope[:, None]
+                    add_rows(row_grad, a, difference)
+                    add_rows(col_grad, b, -difference)
+                if not few:
+                    w = w.masked_fill(tile.near, 0)
+                    far = distance_grad(w, tile.d, x[rows], y[columns], distance)
+                    row_grad, col_grad = row_grad + far[0], col_grad + far[1]
             dx[rows] += row_grad
             dy[columns] += col_grad
         return dx.to(q.dtype), None if k is None else dy.to(k.dtype), None, None, None, None, None
@@ -119,6 +136,7 @@ class _Tile(NamedTuple):
     columns: slice
     once: int
     d: Tensor
+    near: Tensor
     positive: Tensor
     negative: Tensor
     margins: tuple[float, float]
@@ -142,9 +160,21 @@ class _Tile(NamedTuple):
         return w
 
 
-def _exact(rows: Tensor, distance: str) -> torch.dtype:
-    """Differences of squares need the digits."""
-    return torch.promote_types(rows.dtype, torch.float32 if distance == "cosine" else torch.float64)
+def _wide(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows and columns in fp32 (fp64)."""
+    x = q.to(torch.promote_types(q.dtype, torch.float32))
+    return x, x if k is None else k.to(x.dtype)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+def _chunks(index: Tensor, width: int) -> Iterator[slice]:
+    """Parts of a list of pairs whose gathered rows are no larger than a few tiles."""
+    step = max(1, 4 * _TILE // max(width, 1))
+    for start in range(0, len(index), step):
+        yield slice(start, start + step)
 
 
 def _tiles(
@@ -156,23 +186,33 @@ def _tiles(
     distance: str,
     skip_diagonal: bool,
 ) -> Iterator[_Tile]:
-    exact = _exact(q, distance)
-    x = q.to(exact)
-    y = x if k is None else k.to(exact)
+    x, y = _wide(q, k)
     x_squares, y_squares = x.square().sum(1), y.square().sum(1)
     at = torch.arange(max(len(x), len(y)), device=q.device)
     height = max(1, _TILE // max(len(y), 1))
     for first in range(0, len(x), height):
         rows = slice(first, min(first + height, len(x)))
         columns = slice(first if k is None else 0, len(y))
-        d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], distance)
         own = at[rows, None] == at[columns]
-        if k is None and distance != "cosine":
-            d.masked_fill_(own, 0)
+        near = torch.zeros_like(own)
+        if distance == "cosine":
+            d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], distance)
+        else:
+            d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], "squared")
+            if k is None:
+                d.masked_fill_(own, 0)
+            # Rounding the squares costs a few eps of their sum: here less than 1e-5 of d.
+            near = d < (x_squares[rows, None] + y_squares[columns]) / 8
+            if k is None:
+                near &= ~own
+            i, j = near.nonzero(as_tuple=True)
+            for part in _chunks(i, x.shape[1]):
+                d[i[part], j[part]] = (x[rows][i[part]] - y[columns][j[part]]).square().sum(1)
+            d = d if distance == "squared" else d.sqrt_()
         positive = labels[rows, None] == column_labels[columns]
         negative = ~positive
         if skip_diagonal:
             positive &= ~own
             negative &= ~own
         once = rows.stop - rows.start if k is None else len(y)
-        yield _Tile(rows, columns, once, d, positive, negative, margins)
+        yield _Tile(rows, columns, once, d, near, positive, negative, margins)

@@ -545,7 +545,7 @@ class _GatheredDot(torch.autograd.Function):
                 with torch.autocast(x.device.type, enabled=False):
                     dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
             if dtable is not None:
-                _add_rows(dtable, index[rows].flatten(), (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1))
+                add_rows(dtable, index[rows].flatten(), (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1))
         q_dtype, table_dtype = ctx.dtypes
         return (
             None if dq is None else dq.to(q_dtype),
@@ -576,14 +576,15 @@ class _ListedDot(torch.autograd.Function):
         for pairs in _gathered_rows(rows[:, None], y):
             g, i, j = grad[pairs, None], rows[pairs], columns[pairs]
             if dq is not None:
-                _add_rows(dq, i, g * y[j].to(g.dtype))
+                add_rows(dq, i, g * y[j].to(g.dtype))
             if dk is not None:
-                _add_rows(dk, j, g * x[i].to(g.dtype))
+                add_rows(dk, j, g * x[i].to(g.dtype))
         q_dtype, k_dtype = ctx.dtypes
         return None if dq is None else dq.to(q_dtype), None if dk is None else dk.to(k_dtype), None, None, None
 
 
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows to those of ``total`` that ``index`` names, in a fixed order."""
     if total.device.type == "cuda":  # of the two, the one that adds in a fixed order there
         total.index_put_((index,), rows, accumulate=True)
     else:

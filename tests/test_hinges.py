@@ -61,6 +61,24 @@ def test_against_the_matrix(distance: str, tile: int, kind: str, monkeypatch: py
         assert_close(mine, exact, 1e-12)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("margin", [0.05, 3.0])
+def test_near_rows_keep_their_digits_in_fp32(spread: float, margin: float) -> None:
+    """Rows around a few points, whose distances are differences of nearly equal squares; few and many pairs cost."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.arange(40, device=DEVICE) % 5
+    centres = torch.randn(5, 8, generator=generator).to(DEVICE)
+    z = (centres[labels] + spread * 1e-2 * torch.randn(40, 8, generator=generator).to(DEVICE)).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    margins = {"positive_margin": spread * 1e-2, "negative_margin": margin}
+    got = hinges.pair_hinges(z, None, labels, **margins)
+    want = dense(exact, exact, labels, labels, (spread * 1e-2, margin), "euclidean", True)
+    assert got.above.tolist() == want[1].tolist() and got.above[0] > 0
+    assert_close(got.sums, want[0], 1e-5)
+    (mine,), (true,) = torch.autograd.grad(got.sums.sum(), z), torch.autograd.grad(want[0].sum(), exact)
+    assert_close(mine, true, 1e-5)
+
+
 def test_equal_rows_have_gradient_zero() -> None:
     z = torch.ones(4, 3, device=DEVICE, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 1], device=DEVICE)

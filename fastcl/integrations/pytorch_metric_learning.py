@@ -86,9 +86,11 @@ class _Fused(DropIn):
 
     Attributes:
         own_code: methods of the library that the fast path stands for; where a subclass replaces one, it is called.
+        takes_indices: whether the fast path takes listed positives.
     """
 
     own_code: tuple[str, ...] = ("_compute_loss",)
+    takes_indices = True
     distance: Any
     reducer: Any
     collect_stats: bool
@@ -100,7 +102,7 @@ class _Fused(DropIn):
 
     def compute_loss(self, embeddings: Tensor, labels: Any, indices: Indices, ref_emb: Tensor, ref_labels: Any) -> Any:
         if self._can(labels, ref_labels) and len(embeddings) * len(ref_emb) > 2:
-            known = None if indices is None else self._known(indices, labels, ref_labels)
+            known = self._known(indices, labels, ref_labels) if indices is not None and self.takes_indices else None
             if indices is None or known is not None:
                 q = self._rows(embeddings)
                 k = None if ref_emb is embeddings else self._rows(ref_emb)
@@ -254,9 +256,10 @@ class NPairsLoss(_Fused, DropIn, _losses.NPairsLoss):
     """N-pair loss of the first pair of every label: :func:`fastcl.functional.info_nce` at temperature 1."""
 
     own_code = ()
+    takes_indices = False
 
     def _fused(self, batch: _Batch) -> dict[str, Any] | None:
-        if batch.k is not None or batch.listed is not None or not batch.same:
+        if batch.k is not None or not batch.same:
             return None
         order, start, end = class_runs(batch.labels)
         first = start[order].unique()  # of every class of two rows or more, by label
@@ -271,6 +274,8 @@ class NPairsLoss(_Fused, DropIn, _losses.NPairsLoss):
 
 class _Margins(_Fused):
     """Losses of distances: Euclidean ones too."""
+
+    takes_indices = False
 
     def _measures(self) -> bool:
         return type(self.distance) is _distances.LpDistance or super()._measures()
@@ -292,7 +297,7 @@ class TripletMarginLoss(_Margins, DropIn, _losses.TripletMarginLoss):
     def _fused(self, batch: _Batch) -> dict[str, Any] | None:
         reduction = self._reduction()
         plain = not (self.swap or self.smooth_loss) and self.triplets_per_anchor == "all"
-        if not plain or batch.k is not None or not batch.same or batch.listed is not None or reduction is None:
+        if not plain or batch.k is not None or not batch.same or reduction is None:
             return None
         sums, above = batch_all(operand(batch.q), batch.labels, float(self.margin), self._distance)
         _, start, end = class_runs(batch.labels)
@@ -303,8 +308,7 @@ class TripletMarginLoss(_Margins, DropIn, _losses.TripletMarginLoss):
 class ContrastiveLoss(_Margins, DropIn, _losses.ContrastiveLoss):
     """Contrastive loss of all pairs: :func:`fastcl.hinges.pair_hinges`, a tile of distances at a time.
 
-    Fused with the reducers ``AvgNonZeroReducer`` (the default) and ``MeanReducer`` and without indices. Euclidean
-    distances are computed in fp64.
+    Fused with the reducers ``AvgNonZeroReducer`` (the default) and ``MeanReducer`` and without indices.
     """
 
     own_code = ("_compute_loss", "pair_based_loss", "get_per_pair_loss", "pos_calc", "neg_calc")
@@ -312,7 +316,7 @@ class ContrastiveLoss(_Margins, DropIn, _losses.ContrastiveLoss):
     def _fused(self, batch: _Batch) -> dict[str, Any] | None:
         names = ("pos_loss", "neg_loss")
         reductions = [self._reduction(name) for name in names]
-        if batch.listed is not None or None in reductions:
+        if None in reductions:
             return None
         # of a similarity s the margins are on s, and its distance is 1 - s
         margins = (1 - self.pos_margin, 1 - self.neg_margin) if self.distance.is_inverted else None
