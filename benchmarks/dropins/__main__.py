@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=12.0, help="of one call of the original")
     parser.add_argument("--cases", default="", help="only 'library label' that contain one of these, comma-separated")
     parser.add_argument("--json")
+    parser.add_argument("--update", help="results of a whole run, of which the cases measured now take the place")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -140,10 +141,22 @@ def main() -> None:
         "rows": rows,
         "findings": found,
     }
+    if args.update:
+        result = updated(args.update, result)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
+
+
+def updated(file: str, now: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the cases of ``now`` in their places, and a note which command and commit those are of."""
+    with open(file, encoding="utf-8") as source:
+        earlier: dict[str, Any] = json.load(source)
+    new = {(row["library"], row["label"]): row for row in now["rows"]}
+    rows = [new.get((row["library"], row["label"]), row) for row in earlier["rows"]]
+    updates = [*earlier.get("updates", []), {name: now[name] for name in ("command", "commit", "date")}]
+    return {**earlier, "rows": rows, "findings": findings(rows), "updates": updates}
 
 
 def _line(size: dict[str, Any]) -> str:
