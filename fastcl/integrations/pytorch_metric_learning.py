@@ -228,8 +228,9 @@ class SupConLoss(_Fused, DropIn, _losses.SupConLoss):
             total = logits.new_zeros(len(batch.q)).index_add(0, rows, logits)
             positives = batch.segment_logsumexp(logits, rows)
         has = (count > 0) & several
-        mean = total / count.clamp(min=1)
-        # the mean is taken off first: where the positive is far above its negatives, no digits are lost
+        # A lone positive is its own log-sum-exp, bit for bit, and the mean is taken off first: where that positive is
+        # far above its negatives, no digits are lost.
+        mean = torch.where(count == 1, positives, total / count.clamp(min=1))
         losses = torch.logaddexp(negatives - mean, torch.where(has, positives, 0) - mean)
         return _elements(torch.where(has, losses, 0))
 

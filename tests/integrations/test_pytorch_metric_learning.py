@@ -63,6 +63,19 @@ def test_the_cap_of_the_logarithm() -> None:
     assert torch.isclose(exact.double(), wide, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_an_easy_row_counts(columns: bool) -> None:
+    """Its loss is about 1e-8, which the original rounds to 0 in fp32 and its default reducer then leaves out."""
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.3, 0.954], [0.6, 0.8], [0.6, -0.8]])
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    more = {"ref_emb": z.clone(), "ref_labels": labels} if columns else {}
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in more.items()}
+    mine, theirs = cases.pair("SupConLoss", temperature=0.022)
+    exact = theirs(z.double(), labels, **wide)
+    assert torch.isclose(mine(z, labels, **more).double(), exact, rtol=1e-5)
+    assert theirs(z, labels, **more) > 1.2 * exact
+
+
 def test_a_replaced_method_is_called() -> None:
     class Mine(ours.NTXentLoss):  # type: ignore[misc, name-defined]
         def _compute_loss(self, pos_pairs: Tensor, neg_pairs: Tensor, indices_tuple: Any) -> Any:
