@@ -70,7 +70,7 @@ def _two_views(draw: Draw, name: str, symmetric: bool = True) -> Problem:
 
 
 def _memory(draw: Draw, name: str) -> Problem:
-    """Under CrossBatchMemory: the third batch of a memory that overflows with it."""
+    """Under CrossBatchMemory, which lists all pairs itself: the third batch of a memory that overflows with it."""
     size = max(draw.n // 2, 2)
     memory = {"embedding_size": draw.d, "memory_size": 2 * size + 1}
     ours, theirs = (
@@ -124,18 +124,18 @@ CASES = [
     _case("NTXentLoss, ref_emb", _columns, "NTXentLoss", largest=128),
     _case("NTXentLoss, ref_emb of the same labels", _columns, "NTXentLoss", same_labels=True, largest=128),
     _case("NTXentLoss, two views, not symmetric", _two_views, "NTXentLoss", symmetric=False, largest=128),
-    _case("NTXentLoss, memory", _memory, "NTXentLoss", largest=128),
+    _case("NTXentLoss, memory", _memory, "NTXentLoss", fused=False, largest=128),
     _case("NTXentLoss, miner", _mined, "NTXentLoss", "MultiSimilarityMiner", fused=False, largest=128),
     _case("SupConLoss", _of_labels, "SupConLoss"),
     _case("SupConLoss, two views", _two_views, "SupConLoss"),
     _case("SupConLoss, MeanReducer", _of_labels, "SupConLoss", "MeanReducer"),
     _case("SupConLoss, ref_emb", _columns, "SupConLoss"),
     _case("SupConLoss, ref_emb of the same labels", _columns, "SupConLoss", same_labels=True),
-    _case("SupConLoss, memory", _memory, "SupConLoss"),
+    _case("SupConLoss, memory", _memory, "SupConLoss", fused=False),
     _case("SupConLoss, Euclidean", _of_labels, "SupConLoss", "", "euclidean", fused=False),
     _case("MultiSimilarityLoss", _of_labels, "MultiSimilarityLoss"),
     _case("MultiSimilarityLoss, ref_emb", _columns, "MultiSimilarityLoss"),
-    _case("MultiSimilarityLoss, memory", _memory, "MultiSimilarityLoss"),
+    _case("MultiSimilarityLoss, memory", _memory, "MultiSimilarityLoss", fused=False),
     _case("MultiSimilarityLoss, miner", _mined, "MultiSimilarityLoss", "MultiSimilarityMiner", fused=False),
     _case("NPairsLoss", _of_labels, "NPairsLoss"),
     _case("NPairsLoss, MeanReducer", _of_labels, "NPairsLoss", "MeanReducer"),
