@@ -7,6 +7,9 @@ Arguments that all modules share:
   ``log_scale`` (so that it stays above 0), and the scale 1 / temperature is clamped to at most 100, as in CLIP.
 * ``normalize``: make every row of the input length 1 first. Turn it off only for rows that already are.
 * ``reduction``: ``"mean"``, ``"sum"`` or ``"none"``.
+* ``process_group``: of torch.distributed; the loss is then over the rows of all its ranks, and equals that of one
+  process with all rows: :func:`fastcl.distributed.evaluate`. ``strategy``, ``even`` and ``wire_dtype`` go with it:
+  :class:`fastcl.distributed.Ranks`.
 
 Inputs are ``(B, D)`` in float16, bfloat16, float32 or float64; losses are fp32 (fp64 for fp64 rows); gradients have the
 dtype of their input. Wrong types raise ``TypeError``, wrong shapes, devices and numbers ``ValueError``.
@@ -15,7 +18,8 @@ dtype of their input. Wrong types raise ``TypeError``, wrong shapes, devices and
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +30,53 @@ from ._checks import Scalar, sentence
 from .pairwise import l2_normalize
 from .queue import FeatureQueue
 
+if TYPE_CHECKING:
+    from .distributed import Ranks
+
 _MAX_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5) clips its logit scale there
 
 
 class _Loss(nn.Module):
-    """What every loss has: ``normalize`` and ``reduction``."""
+    """What every loss has: ``normalize`` and ``reduction``, and other ranks."""
 
-    def __init__(self, *, normalize: bool = True, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", process_group: Any = None, **ranks: Any
+    ) -> None:
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
         self.normalize = normalize
         self.reduction = reduction
+        self.ranks: Ranks | None = None
+        if process_group is not None:
+            from . import distributed  # takes longer to import than all else, and few need it
+
+            self.ranks = distributed.Ranks(process_group, **ranks)
+        elif ranks:
+            mend = "Pass process_group=torch.distributed.group.WORLD, or leave them out."
+            raise TypeError(sentence(f"{', '.join(ranks)} without process_group", "options of this loss", mend))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.ranks is None:
+            return super().__call__(*args, **options)
+        from .distributed import together
+
+        return together(self.ranks, super().__call__, *args, **options)
+
+    def _evaluate(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        """A formula over the rows of this process, or of all ranks."""
+        if self.ranks is None:
+            return function(*args, **options)
+        from .distributed import evaluate
+
+        return evaluate(function, self.ranks, *args, **options)
+
+    def _numbered(self, groups: Tensor) -> Tensor:
+        """Labels that were made here, which mean something else on other ranks."""
+        if self.ranks is None:
+            return groups
+        from .distributed import told_apart
+
+        return told_apart(groups, self.ranks)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -71,7 +111,8 @@ class _TemperatureLoss(_Loss):
         """The temperature in use: a number, or a 0-d tensor where it is learned."""
         if self.log_scale is None:
             return self.given_temperature
-        return (-self.log_scale.float().clamp(max=math.log(_MAX_SCALE))).exp()
+        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        return (-log_scale.clamp(max=math.log(_MAX_SCALE))).exp()
 
     def extra_repr(self) -> str:
         shown = "learned" if isinstance(self.temperature, Tensor) else self.temperature
@@ -131,7 +172,7 @@ class NTXentLoss(_TwoViewLoss):
             if labels is not None:
                 _checks.vector("labels", labels, len(view0), view0, integer=True)
                 labels = labels.repeat(views)
-        return F.nt_xent(
+        return self._evaluate(F.nt_xent, 
             z, labels, temperature=self.temperature, views=views,
             extra_negatives=extra_negatives, ids=ids, weights=weights, **self._options,
         )  # fmt: skip
@@ -145,7 +186,9 @@ class DCLLoss(_TwoViewLoss):
     """
 
     def forward(self, view0: Tensor, view1: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
-        return F.dcl(self._two(view0, view1), temperature=self.temperature, weights=weights, **self._options)
+        return self._evaluate(
+            F.dcl, self._two(view0, view1), temperature=self.temperature, weights=weights, **self._options
+        )
 
 
 class DCLWLoss(_TwoViewLoss):
@@ -161,7 +204,9 @@ class DCLWLoss(_TwoViewLoss):
 
     def forward(self, view0: Tensor, view1: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
         z = self._two(view0, view1)
-        return F.dclw(z, temperature=self.temperature, sigma=self.sigma, weights=weights, **self._options)
+        return self._evaluate(
+            F.dclw, z, temperature=self.temperature, sigma=self.sigma, weights=weights, **self._options
+        )
 
 
 class HardNTXentLoss(_TwoViewLoss):
@@ -178,7 +223,7 @@ class HardNTXentLoss(_TwoViewLoss):
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, view0: Tensor, view1: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
-        return F.hard_nt_xent(
+        return self._evaluate(F.hard_nt_xent, 
             self._two(view0, view1), temperature=self.temperature, tau_plus=self.tau_plus, beta=self.beta,
             weights=weights, **self._options,
         )  # fmt: skip
@@ -220,7 +265,7 @@ class InfoNCELoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return F.info_nce(
+        return self._evaluate(F.info_nce, 
             query, key, negatives, temperature=self.temperature,
             extra_negatives=extra_negatives, own_negatives=own_negatives, ids=ids,
             symmetric=self.symmetric, label_smoothing=self.label_smoothing,
@@ -251,7 +296,7 @@ class InBatchSoftmaxLoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return F.in_batch_softmax(
+        return self._evaluate(F.in_batch_softmax, 
             query, key, temperature=self.temperature, log_q=log_q, ids=ids,
             correct_positive=self.correct_positive, weights=weights, **self._options,
         )  # fmt: skip
@@ -294,7 +339,7 @@ class GISTLoss(_TemperatureLoss):
         guide_negatives: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return F.gist(
+        return self._evaluate(F.gist, 
             query, key, guide_query, guide_key, temperature=self.temperature,
             margin=self.margin, margin_strategy=self.margin_strategy, negatives=negatives,
             guide_negatives=guide_negatives, contrast_anchors=self.contrast_anchors,
@@ -313,8 +358,15 @@ class SampledInfoNCELoss(_TemperatureLoss):
     def forward(
         self, query: Tensor, table: Tensor, positive: Tensor, negatives: Tensor, *, weights: Tensor | None = None
     ) -> Tensor:
-        return F.sampled_info_nce(
-            query, table, positive, negatives, temperature=self.temperature, weights=weights, **self._options
+        return self._evaluate(
+            F.sampled_info_nce,
+            query,
+            table,
+            positive,
+            negatives,
+            temperature=self.temperature,
+            weights=weights,
+            **self._options,
         )
 
 
@@ -325,7 +377,8 @@ class MoCoLoss(_TemperatureLoss):
         dim: features per row.
         queue_size: keys kept.
 
-    The keys receive no gradient. In training mode they join ``self.queue`` after the loss is computed. With two queries
+    The keys receive no gradient. Over ranks there is one queue: the keys of all join it, in the same order everywhere.
+    In training mode they join ``self.queue`` after the loss is computed. With two queries
     and two keys the loss is symmetric, as in MoCo v2+: the mean of both views looking for the key of the other.
 
     Shape:
@@ -336,6 +389,15 @@ class MoCoLoss(_TemperatureLoss):
     def __init__(self, dim: int, queue_size: int = 65536, temperature: Scalar = 0.07, **options: Any) -> None:
         super().__init__(temperature, **options)
         self.queue = FeatureQueue(dim, queue_size)
+        self._same_queue = False
+
+    def _share_queue(self) -> None:
+        """Random rows of rank 0 for all: later, the same keys join it everywhere, in the same order."""
+        assert self.ranks is not None
+        group = self.ranks.process_group
+        for buffer in self.queue.buffers():
+            torch.distributed.broadcast(buffer, torch.distributed.get_global_rank(group, 0), group=group)
+        self._same_queue = True
 
     def forward(
         self,
@@ -356,12 +418,19 @@ class MoCoLoss(_TemperatureLoss):
         queries, keys = rows[::2], [k.detach() for k in rows[1::2]]
         if self.normalize:  # the queue holds such
             queries, keys = [l2_normalize(q) for q in queries], [l2_normalize(k) for k in keys]
+        if self.ranks is not None and not self._same_queue:
+            self._share_queue()
         losses = [
-            F.info_nce(
-                q, k, self.queue.features, temperature=self.temperature, weights=weights, reduction=self.reduction
+            self._evaluate(
+                F.info_nce, q, k, self.queue.features,
+                temperature=self.temperature, weights=weights, reduction=self.reduction,
             )
             for q, k in zip(queries, keys, strict=True)
-        ]
+        ]  # fmt: skip
+        if self.ranks is not None:
+            from .distributed import all_rows
+
+            keys = [all_rows(k, self.ranks.process_group, even=self.ranks.even) for k in keys]
         if self.training:
             self.queue.enqueue(torch.cat(keys))
         return torch.stack(losses).mean(0)
@@ -380,7 +449,9 @@ class MoCoV3Loss(_TemperatureLoss):
     def forward(
         self, query0: Tensor, query1: Tensor, key0: Tensor, key1: Tensor, *, weights: Tensor | None = None
     ) -> Tensor:
-        return F.moco_v3(query0, query1, key0, key1, temperature=self.temperature, weights=weights, **self._options)
+        return self._evaluate(
+            F.moco_v3, query0, query1, key0, key1, temperature=self.temperature, weights=weights, **self._options
+        )
 
 
 class CLIPLoss(_Loss):
@@ -401,7 +472,9 @@ class CLIPLoss(_Loss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return F.clip(image, text, scale=logit_scale, text_scale=text_scale, ids=ids, weights=weights, **self._options)
+        return self._evaluate(
+            F.clip, image, text, scale=logit_scale, text_scale=text_scale, ids=ids, weights=weights, **self._options
+        )
 
 
 class SigLIPLoss(_Loss):
@@ -422,7 +495,9 @@ class SigLIPLoss(_Loss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return F.siglip(image, text, scale=logit_scale, bias=logit_bias, ids=ids, weights=weights, **self._options)
+        return self._evaluate(
+            F.siglip, image, text, scale=logit_scale, bias=logit_bias, ids=ids, weights=weights, **self._options
+        )
 
 
 class SupConLoss(_TemperatureLoss):
@@ -469,9 +544,9 @@ class SupConLoss(_TemperatureLoss):
         if labels is not None and mask is not None:
             raise ValueError(sentence("labels and a mask", "one of the two", "Both say which rows belong together."))
         if mask is not None:
-            labels = _classes(mask, z)
+            labels = self._numbered(_classes(mask, z))
         elif labels is None:
-            labels = torch.arange(n, device=z.device)
+            labels = self._numbered(torch.arange(n, device=z.device))
         else:
             _checks.vector("labels", labels, n, z, integer=True)
         options: dict[str, Any] = {
@@ -480,12 +555,12 @@ class SupConLoss(_TemperatureLoss):
             "temperature": self.temperature,
         }
         if views == 1 and z.ndim == 2:
-            return F.supcon(z, labels, weights=weights, **options, **self._options)
+            return self._evaluate(F.supcon, z, labels, weights=weights, **options, **self._options)
         if self.contrast_mode == "one":  # first views come first
             z, labels = z.transpose(0, 1).flatten(0, 1), labels.repeat(views)
-            return F.supcon(z, labels, anchors=n, weights=weights, **options, **self._options)
+            return self._evaluate(F.supcon, z, labels, anchors=n, weights=weights, **options, **self._options)
         z, labels = z.flatten(0, 1), labels.repeat_interleave(views)
-        return F.supcon(z, labels, weights=weights, **options, **self._options)
+        return self._evaluate(F.supcon, z, labels, weights=weights, **options, **self._options)
 
 
 class SINCERELoss(_TemperatureLoss):
@@ -496,7 +571,7 @@ class SINCERELoss(_TemperatureLoss):
     """
 
     def forward(self, z: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.sincere(z, labels, temperature=self.temperature, weights=weights, **self._options)
+        return self._evaluate(F.sincere, z, labels, temperature=self.temperature, weights=weights, **self._options)
 
 
 class MultiSimilarityLoss(_Loss):
@@ -522,7 +597,7 @@ class MultiSimilarityLoss(_Loss):
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
 
     def forward(self, z: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.multi_similarity(
+        return self._evaluate(F.multi_similarity, 
             z, labels, alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon,
             weights=weights, **self._options,
         )  # fmt: skip
@@ -556,7 +631,7 @@ class BatchTripletLoss(_Loss):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         function = {"hard": F.triplet_hard, "semi-hard": F.triplet_semi_hard, "all": F.triplet_all}[self.mining]
-        return function(z, labels, margin=self.margin, distance=self.distance, **self._options)  # type: ignore[arg-type]
+        return self._evaluate(function, z, labels, margin=self.margin, distance=self.distance, **self._options)
 
 
 class TripletLoss(_Loss):
@@ -583,7 +658,7 @@ class TripletLoss(_Loss):
         self.margin, self.distance, self.swap = margin, distance, swap
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.triplet(
+        return self._evaluate(F.triplet, 
             anchor, positive, negative, margin=self.margin, distance=self.distance, swap=self.swap,
             weights=weights, **self._options,
         )  # fmt: skip
@@ -605,7 +680,9 @@ class SiameseLoss(_Loss):
         self.margin, self.distance = margin, distance
 
     def forward(self, a: Tensor, b: Tensor, similar: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.siamese(a, b, similar, margin=self.margin, distance=self.distance, weights=weights, **self._options)
+        return self._evaluate(
+            F.siamese, a, b, similar, margin=self.margin, distance=self.distance, weights=weights, **self._options
+        )
 
 
 class NPairLoss(_Loss):
@@ -620,7 +697,7 @@ class NPairLoss(_Loss):
         self.l2 = l2
 
     def forward(self, query: Tensor, key: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.n_pair(query, key, l2=self.l2, weights=weights, **self._options)
+        return self._evaluate(F.n_pair, query, key, l2=self.l2, weights=weights, **self._options)
 
 
 class NegativeCosineLoss(_Loss):
@@ -631,7 +708,7 @@ class NegativeCosineLoss(_Loss):
     """
 
     def forward(self, p: Tensor, z: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.negative_cosine(p, z, weights=weights, **self._options)
+        return self._evaluate(F.negative_cosine, p, z, weights=weights, **self._options)
 
 
 class BYOLLoss(_Loss):
@@ -642,7 +719,7 @@ class BYOLLoss(_Loss):
     """
 
     def forward(self, p: Tensor, z: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.byol(p, z, weights=weights, **self._options)
+        return self._evaluate(F.byol, p, z, weights=weights, **self._options)
 
 
 class CosFaceLoss(_Loss):
@@ -666,8 +743,8 @@ class CosFaceLoss(_Loss):
         self.proxies = nn.Parameter(nn.functional.normalize(torch.randn(classes, dim), dim=1))
 
     def forward(self, z: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return F.cosface(
-            z, self.proxies, labels, scale=self.scale, margin=self.margin, weights=weights, **self._options
+        return self._evaluate(
+            F.cosface, z, self.proxies, labels, scale=self.scale, margin=self.margin, weights=weights, **self._options
         )
 
 

@@ -17,13 +17,13 @@ logits, sums and gradients are fp32 (fp64 for fp64 rows) in any case. Gradients 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _across, _checks, _ops
 from ._checks import Scalar, sentence
 from .backends import Pairs, forced
 
@@ -128,6 +128,9 @@ def pair_softplus_total(
     Returns:
         A scalar; fp32, or fp64 for fp64 rows.
     """
+    if (across := _across.current()) is not None:
+        options = {"scale": scale, "row_bias": row_bias, "drop": drop, "only": only, "ceiling": ceiling, "guide": guide}
+        return across.reduce("softplus", pair_softplus_total, q, q if k is None else k, options)
     # Of two sets, even if they are one: then autograd adds both gradients.
     pairs = pairs_of(q, q if k is None else k, scale, row_bias, None, drop, only, ceiling, guide, both=True)
     dtype = operand_dtype(pairs.x, pairs.y)
@@ -169,9 +172,11 @@ def contrastive(
     dtype = operand_dtype(q, y)
     if torch.compiler.is_compiling() or y.dtype != q.dtype or not len(q) or dtype == torch.float64:
         return None
+    if _across.current() is not None:
+        return None
     if not _ops.fuses(q, dtype, forced()):
         return None
-    scale = _as_tensor(scale, q).to(_compute_dtype(dtype))
+    scale = as_tensor(scale, q).to(_compute_dtype(dtype))
     return apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)
 
 
@@ -302,6 +307,9 @@ def pair_topk(
     """
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise ValueError(sentence(f"topk = {topk!r}", "an integer of at least 1", "Ask for one neighbour or more."))
+    if (across := _across.current()) is not None:
+        options = {"topk": topk, "col_bias": col_bias, "drop": drop, "only": only, "ceiling": ceiling}
+        return across.topk(pair_topk, q, q if k is None else k, {**options, "largest": largest})
     sign = 1.0 if largest else -1.0
     _refuse_transforms()
     col_bias, ceiling = (t if t is None or largest else -t for t in (col_bias, ceiling))
@@ -323,6 +331,10 @@ def _reduce(
     guide: Guide,
     both: bool,
 ) -> Any:
+    if (across := _across.current()) is not None:
+        masks = {"drop": drop, "only": only, "ceiling": ceiling, "guide": guide}
+        options = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, **masks, "both": both}
+        return across.reduce(link, partial(_reduce, link), q, q if k is None else k, options)
     pairs = pairs_of(q, k, scale, row_bias, col_bias, drop, only, ceiling, guide, both)
     dtype = operand_dtype(pairs.x, pairs.y)
     needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in pairs)
@@ -652,7 +664,7 @@ def pairs_of(
     return Pairs(
         x=q,
         y=y,
-        scale=_as_tensor(scale, q),
+        scale=as_tensor(scale, q),
         row_bias=_bias("row_bias", row_bias, q),
         col_bias=_bias("col_bias", col_bias, y, row_bias),
         drop_x=drop_x,
@@ -722,7 +734,7 @@ def _bias(name: str, bias: Scalar | None, rows: Tensor, other: Scalar | None = N
         return None
     if _is_uniform(bias):
         _checks.scalar(name, bias)
-        return _as_tensor(bias, rows).expand(rows.shape[0])
+        return as_tensor(bias, rows).expand(rows.shape[0])
     assert isinstance(bias, Tensor)
     _checks.vector(name, bias, rows.shape[0], rows)
     return bias.view_as(bias) if bias is other else bias
@@ -732,7 +744,8 @@ def _is_uniform(bias: Scalar | None) -> bool:
     return not isinstance(bias, Tensor) or bias.ndim == 0
 
 
-def _as_tensor(value: Scalar, rows: Tensor) -> Tensor:
+def as_tensor(value: Scalar, rows: Tensor) -> Tensor:
+    """A scalar on the device of rows; a number gets the dtype of their logits."""
     if isinstance(value, Tensor):
         return value.to(rows.device)
     return torch.full((), value, dtype=_compute_dtype(rows.dtype), device=rows.device)

@@ -13,8 +13,8 @@ import fastcl
 ROOT = Path(fastcl.__file__).parent
 # Each layer may import no layer that stands after it.
 LAYERS = [
-    "backends", "_ops", "pairwise", "triples", "hinges", "inspection", "functional", "queue", "losses", "integrations",
-    "trainer", "cli",
+    "backends", "_ops", "pairwise", "triples", "hinges", "inspection", "functional", "distributed", "queue", "losses",
+    "integrations", "trainer", "cli",
 ]  # fmt: skip
 LEAVES = {
     "reference": set(),
@@ -22,6 +22,7 @@ LEAVES = {
     "_measure": set(),
     "_settings": set(),
     "_checks": set(),
+    "_across": set(),
     "queue": {"_checks"},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _across, _checks
 from .._checks import Scalar, sentence
 from ..pairwise import l2_normalize, operand_dtype
 
@@ -23,13 +23,22 @@ def reduced(loss: Tensor, reduction: str, weights: Tensor | None = None, *, coun
         loss = loss * weights
     if reduction == "none":
         return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
+    weight = None if counted is None else counted.sum()
     if weights is not None:
         weight = (weights if counted is None else weights * counted).sum()
-        return total / torch.where(weight == 0, 1, weight)
-    return total / (max(loss.shape[0], 1) if counted is None else counted.sum().clamp(min=1))
+    return share(loss, loss.shape[0], reduction, weight)
+
+
+def share(loss: Tensor, rows: int, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Sum of the losses of so many rows, ``(rows,)`` or ``()``, or their mean: over a weight, or over the rows."""
+    if (across := _across.current()) is not None:
+        return across.reduced(loss, rows, reduction, weight)
+    return loss.sum() if reduction == "sum" else loss.sum() / divisor(rows if weight is None else weight)
+
+
+def divisor(weight: Tensor | int) -> Tensor | int:
+    """By what a sum is divided for a mean: that of no rows is 0."""
+    return torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else max(weight, 1)
 
 
 def inverse(temperature: Scalar, rows: Tensor) -> Scalar:

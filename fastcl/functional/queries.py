@@ -20,7 +20,7 @@ from ..pairwise import (
     row_dot,
     scale_gradient,
 )
-from ._arguments import arange, inverse, multiplier, number, operand, reduced, unit
+from ._arguments import arange, inverse, multiplier, number, operand, reduced, share, unit
 
 
 def info_nce(
@@ -367,8 +367,7 @@ def siglip(
     negatives: dict[str, Any] = {"scale": scale, "row_bias": bias, "drop": _ids(ids, image)}
     if reduction not in ("mean", "sum") or weights is not None:
         return reduced(pair_softplus_sum(image, text, **negatives) - positive, reduction, weights)
-    loss = pair_softplus_total(image, text, **negatives) - positive.sum()
-    return loss / max(image.shape[0], 1) if reduction == "mean" else loss
+    return share(pair_softplus_total(image, text, **negatives) - positive.sum(), len(image), reduction)
 
 
 def _ids(ids: Tensor | None, rows: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, logsigmoid
 
 from .._checks import Scalar, sentence
-from ..pairwise import apply, contrastive, once_differentiable, pair_logsumexp, row_dot
+from ..distributed import Wire
+from ..distributed import gathered as rows_of_ranks
+from ..pairwise import contrastive, pair_logsumexp, row_dot
 
 
 def upstream(module: str, origin: str) -> ModuleType:
@@ -85,28 +87,8 @@ def gathered(x: Tensor, group: Any = None) -> Tensor:
     The gradient is the sum of those that all ranks have for the rows of this one, so every rank must run the backward
     pass. Integers have none.
     """
-    rows: Tensor = apply(_Gathered, x, group)
-    return rows
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.shape = group, x.shape
-        everyone = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(everyone, x.contiguous(), group=group)
-        return everyone
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if grad.is_cuda and "nccl" in dist.get_backend(ctx.group):
-            own = grad.new_empty(ctx.shape)
-            dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
-            return own, None
-        total = grad.clone(memory_format=torch.contiguous_format)  # gloo adds in place, and has no reduce-scatter
-        dist.all_reduce(total, group=ctx.group)
-        return total.view(-1, *ctx.shape)[dist.get_rank(ctx.group)], None
+    wire = Wire(dist.group.WORLD if group is None else group)
+    return rows_of_ranks(x, [len(x)] * wire.size, wire)
 
 
 def softmax_rows(q: Tensor, k: Tensor, target: Tensor | None = None, *, scale: Scalar) -> Tensor:
