@@ -335,6 +335,9 @@ def details(group: Any, world: int) -> Found:
     for strategy in ("gather", "ring"):
         before = bytes_sent()
         found[f"bytes, {strategy}"] = (step(Ranks(group, strategy=strategy, even=True)), bytes_sent() - before)
+        before = bytes_sent()
+        step(Ranks(group, strategy=strategy, even=True), name="clip")
+        found[f"bytes, {strategy}, clip"] = bytes_sent() - before
         for name in ("nt_xent", "clip"):
             ranks = Ranks(group, strategy=strategy, wire_dtype=torch.bfloat16)
             found[f"bf16, {strategy}, {name}"] = step(ranks, name=name)

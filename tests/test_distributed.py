@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks import scaling
 from fastcl import NTXentLoss, functional
 from fastcl.distributed import Ranks, bytes_sent
 from fastcl.testing import CASES, LossCase
@@ -248,15 +249,14 @@ def test_rows_that_travel_in_bf16(
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_bytes_on_the_wire(world: int, found: Callable[[int], list[dict[str, Any]]]) -> None:
-    """NT-Xent: rows (16 fp32 features), keys, and in backward two numbers of each row; no gradient of a row."""
-    rows, others = 8, world - 1
+    """What is sent is what ``benchmarks.scaling`` says: of rows of 16 fp32 features, or of bf16."""
     for rank in found(world):
         details = rank["details"]
-        assert details["bytes, gather"][1] == others * rows * (16 * 4 + 8 + 2 * 4)
-        assert details["bytes, bf16"] == others * rows * (16 * 2 + 8 + 2 * 4)
-        # half round forward, with the sums of the blocks that another computed, and round in backward
-        halves = world // 2 * rows * (16 * 4 + 8) + (world - 1) // 2 * rows * 4
-        assert details["bytes, ring"][1] == halves + others * rows * (16 * 4 + 8 + 2 * 4)
+        for way in (scaling.gather, scaling.ring):
+            name = f"bytes, {way.__name__}"
+            assert details[name][1] == way("nt_xent", world, 8 * world, row=64, gradient=64).sent_bytes
+            assert details[f"{name}, clip"] == way("clip", world, 4 * world, row=64, gradient=64).sent_bytes
+        assert details["bytes, bf16"] == scaling.gather("nt_xent", world, 8 * world, row=32).sent_bytes
         for got, want in zip(details["bytes, ring"][0], details["bytes, gather"][0], strict=True):
             assert error(got, want) < 1e-6
 
