@@ -259,6 +259,57 @@ def examples(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)} All but `scale` are shares; CPU seconds are of one run."
 
 
+def gradients(result: dict[str, Any]) -> str:
+    """What ``benchmarks/ranks.py`` wrote of gradients: their factors against those of one process."""
+
+    def factor(of: dict[str, float]) -> str:
+        rest = f", and {of['rest']:.0%} that no factor explains" if of["rest"] > 0.01 else ""
+        return f"{of['factor']:.3f}{rest}"
+
+    rows = [
+        [f"`{row['loss']}`", row["contender"], *(factor(row["gradients"][name]) for name in ("weight", "scale"))]
+        for row in result["rows"]
+    ]
+    head = ["loss", "over ranks", "gradient of the encoder, times", "gradient of the scale, times"]
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {result['machine']['ranks']} ranks; {peers}."
+
+
+def ranks(result: dict[str, Any]) -> str:
+    """What ``benchmarks/ranks.py`` wrote of time, memory and bytes."""
+    rows = [
+        [
+            f"`{row['loss']}`",
+            row["contender"],
+            _digits(row["median_seconds"] * 1e3),
+            _digits(row["peak_bytes"] / 1e6),
+            "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}",
+        ]
+        for row in result["rows"]
+        if "median_seconds" in row
+    ]
+    head = ["loss", "over ranks", "ms, slowest rank", "peak MB", "MB sent"]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {result['machine']['ranks']} ranks of one machine."
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """What ``benchmarks/scaling.py`` wrote: a line per loss, rows and ranks, both strategies beside each other."""
+    cells: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["loss"], row["rows"], row["ranks"]), {})[row["strategy"]] = row
+    rows = []
+    for (loss, n, count), by in cells.items():
+        pair = [by["gather"], by["ring"]]
+        times = [f"{_digits(row['seconds'] * 1e3)} ({row['exposed_seconds'] / row['seconds']:.0%})" for row in pair]
+        faster = min(pair, key=lambda row: row["seconds"])["strategy"]
+        sent = (f"{row['sent_bytes'] / 1e6:,.0f}" for row in pair)
+        stored = (f"{row['stored_bytes'] / 1e9:.2f}" for row in pair)
+        rows.append([f"`{loss}`", f"{n:,}", f"{count:,}", *times, *sent, *stored, faster])
+    head = ["loss", "rows", "ranks", "gather, ms (waiting)", "ring, ms (waiting)", "gather, MB sent", "ring, MB sent"]
+    head += ["gather, GB held", "ring, GB held", "faster"]
+    return f"{markdown(head, rows)}\n\nOn paper, **not measured**: `{result['command']}`, {result['date']}."
+
+
 def verified(_: dict[str, Any]) -> str:
     """What ``benchmarks/ledger.py`` finds in all results."""
     return markdown(["kernel", "state"], [[f"`{row['kernel']}`", ledger.sentence(row)] for row in ledger.status(ROOT)])
@@ -294,6 +345,9 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "examples": ("examples.json", examples),
     "aot": ("aot.json", aot),
     "predicted": ("predicted-h200.json", predicted),
+    "gradients-of-ranks": ("ranks-cpu.json", gradients),
+    "ranks-cpu": ("ranks-cpu.json", ranks),
+    "scaling": ("scaling.json", scaling),
     "ledger": (None, verified),
 }
 

@@ -84,7 +84,8 @@ class _Loss(nn.Module):
         return {"reduction": self.reduction, "normalize": self.normalize}
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, reduction={self.reduction!r}"
+        ranks = "" if self.ranks is None else f", strategy={self.ranks.strategy!r} over ranks"
+        return f"normalize={self.normalize}, reduction={self.reduction!r}{ranks}"
 
 
 class _TemperatureLoss(_Loss):

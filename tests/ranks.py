@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import sys
@@ -344,6 +345,17 @@ def details(group: Any, world: int) -> Found:
     before = bytes_sent()
     step(Ranks(group, strategy="gather", even=True, wire_dtype=torch.bfloat16))
     found["bytes, bf16"] = bytes_sent() - before
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found["autocast"] = step(Ranks(group), name="clip")
+    try:
+        evaluate(
+            functional.sincere, Ranks(group, strategy="ring"), z, torch.zeros(len(z), dtype=torch.long), temperature=1
+        )
+    except ValueError as error:
+        found["no ring"] = str(error)
+    copied = copy.deepcopy(fastcl.NTXentLoss(process_group=group))
+    found["copied"] = repr(copied), copied(z[:4].float())
 
     images = torch.arange(3 * rank, 3 * rank + 2 + rank)
     shuffled, restore = shuffle_batch(images, group)

@@ -248,6 +248,29 @@ def test_rows_that_travel_in_bf16(
 
 
 @pytest.mark.parametrize("world", [2, 3])
+def test_under_autocast(world: int, found: Callable[[int], list[dict[str, Any]]]) -> None:
+    ranks = [rank["details"]["autocast"] for rank in found(world)]
+    generator = torch.Generator().manual_seed(1)
+    z = normalize(torch.randn(8 * world, 16, generator=generator, dtype=torch.float64), dim=1).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = functional.clip(*z.chunk(2), scale=8.0)
+    loss.backward()
+    assert error(torch.stack([loss for loss, _ in ranks]).mean(), loss) < 1e-6
+    assert z.grad is not None
+    assert error(torch.cat([grad for _, grad in ranks]) / world, z.grad[: 4 * world]) < 5e-3  # weights are bf16
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_a_module_over_ranks_is(world: int, found: Callable[[int], list[dict[str, Any]]]) -> None:
+    for rank in found(world):
+        details = rank["details"]
+        assert "strategy='ring' for sincere" in details["no ring"]
+        shown, loss = details["copied"]
+        assert "strategy='auto' over ranks" in shown
+        assert loss.isfinite()
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_bytes_on_the_wire(world: int, found: Callable[[int], list[dict[str, Any]]]) -> None:
     """What is sent is what ``benchmarks.scaling`` says: of rows of 16 fp32 features, or of bf16."""
     for rank in found(world):

@@ -72,6 +72,9 @@ class Ranks:
     even: bool = False
     wire_dtype: torch.dtype | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a copy of a model, such as a momentum encoder's, talks to the same ranks
+
     def __post_init__(self) -> None:
         choice("strategy", self.strategy, STRATEGIES)
         if self.wire_dtype is not None and not self.wire_dtype.is_floating_point:
@@ -112,8 +115,11 @@ class _OwnRows:
             scale = as_tensor(options["scale"], q)
             if k is q and not both and link == "exp" and guide is None:
                 return apply(OneSet, q, scale, keys, self.counts, self.wire, self.ring, forced())
-            if self.ring:
-                row, col = apply(TwoSets, q, k, scale, keys, k_keys, both, self.counts, self.wire, forced())
+            # columns that want no gradient are cheaper in one pass, of which the pair reductions know
+            frozen = not (k.requires_grad or both or self.ring)
+            if link == "exp" and guide is None and options.get("col_bias") is None and not frozen:
+                spread = (both, self.counts, self.wire, self.ring, forced())
+                row, col = apply(TwoSets, q, k, scale, keys, k_keys, *spread)
                 return (row, col) if both else row
             options = {**options, "drop": (keys, self.wire.gather(k_keys, self.counts))}
             if isinstance(options.get("col_bias"), Tensor):

@@ -165,28 +165,44 @@ def _half_ring(
 
 
 class TwoSets(torch.autograd.Function):
-    """Log-sum-exps of this rank's rows over all columns, ``(B,)``, and of its columns over all rows, by the ring."""
+    """Log-sum-exps of this rank's rows over all columns, ``(B,)``, and (``both``) of its columns over all rows."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, scale: Tensor, keys: Tensor, k_keys: Tensor, both: bool, counts: list[int],
-        wire: Wire, backend: str,
+        wire: Wire, ring: bool, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = operand_dtype(q, k)
         x, y = _operand(q, wire, dtype), _operand(k, wire, dtype)
         scale_dtype, scale = scale.dtype, scale.detach().to(torch.promote_types(dtype, torch.float32))
-        ctx.known = counts, wire, backend, both, q.dtype, k.dtype, scale_dtype
+        ctx.known = counts, wire, ring, backend, both, q.dtype, k.dtype, scale_dtype
         row = x.new_full((len(x),), -torch.inf, dtype=scale.dtype)
+        all_y = all_keys = None
 
         def visit(owner: int, block: Found) -> Found:
-            pairs = Pairs(x, block[0].to(x.dtype), scale, drop_x=keys, drop_y=block[1])
+            pairs = Pairs(x, block[0].to(dtype), scale, drop_x=keys, drop_y=block[1])
             found = _ops.pair_reduce("exp", *pairs, both, True, backend)
             torch.logaddexp(row, found[0], out=row)
             return [found[1]] if both else []
 
-        columns = circulate(wire, counts, [wire.narrow(y), k_keys], visit, torch.logaddexp if both else None)
+        if ring:
+            columns = circulate(wire, counts, [wire.narrow(y), k_keys], visit, torch.logaddexp if both else None)
+        else:
+            rows = wire.begin_gather(wire.narrow(y), counts)
+            all_keys = wire.gather(k_keys, counts)
+            own = visit(wire.rank, [y, k_keys])  # while rows are on their way
+            all_y = rows().to(dtype)
+            start = sum(counts[: wire.rank])
+            before, after = (
+                visit(-1, [all_y[others], all_keys[others]])
+                for others in (slice(0, start), slice(start + len(y), None))
+            )
+            columns = [
+                _merged(torch.cat(parts), wire).split(counts)[wire.rank]
+                for parts in zip(before, own, after, strict=True)
+            ]
         col = columns[0] if both else row.new_empty(0)
-        ctx.save_for_backward(x, y, scale, keys, k_keys, row, col)
+        ctx.save_for_backward(x, y, scale, keys, k_keys, row, col, all_y, all_keys)
         ctx.set_materialize_grads(False)
         if not both:
             ctx.mark_non_differentiable(col)
@@ -195,8 +211,8 @@ class TwoSets(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor | None, col_grad: Tensor | None) -> tuple[Any, ...]:
-        x, y, scale, keys, k_keys, row, col = ctx.saved_tensors
-        counts, wire, backend, both, q_dtype, k_dtype, scale_dtype = ctx.known
+        x, y, scale, keys, k_keys, row, col, all_y, all_keys = ctx.saved_tensors
+        counts, wire, ring, backend, both, q_dtype, k_dtype, scale_dtype = ctx.known
         row_grad = torch.zeros_like(row) if row_grad is None else row_grad.contiguous()
         of_columns = []
         if both:
@@ -210,12 +226,22 @@ class TwoSets(torch.autograd.Function):
             dx.add_(found[0])
             return [found[1]]
 
-        (dy,) = circulate(wire, counts, [wire.narrow(y), k_keys, *of_columns], visit, torch.add)
+        if ring:
+            (dy,) = circulate(wire, counts, [wire.narrow(y), k_keys, *of_columns], visit, torch.add)
+        else:
+            (dy,) = visit(-1, [all_y, all_keys, *(wire.gather(t, counts) for t in of_columns)])
+            dy = wire.scatter_sum(dy, counts)
         dscale = (x * dx).sum()
         return (
-            dx.mul_(scale).to(q_dtype), dy.mul_(scale).to(k_dtype), dscale.to(scale_dtype),
-            None, None, None, None, None, None,
+            dx.mul_(scale).to(q_dtype), dy.mul_(scale).to(k_dtype), dscale.to(scale_dtype), *(None,) * 7
         )  # fmt: skip
+
+
+def _merged(parts: Tensor, wire: Wire) -> Tensor:
+    """Log-sum-exps of columns over the rows of all ranks, from those over the rows of each."""
+    largest = wire.max(parts)
+    shift = largest.masked_fill(largest == -torch.inf, 0)
+    return wire.sum((parts - shift).exp()).log() + shift
 
 
 def _operand(rows: Tensor, wire: Wire, dtype: torch.dtype | None = None) -> Tensor:
