@@ -27,6 +27,9 @@ sanitize-native:  ## the primitives on the CPU
 
 RESULT ?= benchmarks/results/$(shell $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else 'no-gpu')").json
 MINUTES ?= 8
+# Most of the time of these tests goes into compiling kernels: with pytest-xdist, by several processes.
+WORKERS ?= 8
+XDIST ?= $(shell $(PYTHON) -c "import xdist; print('-n $(WORKERS)')" 2> /dev/null)
 
 .PHONY: gpu gpu-test gpu-bench
 
@@ -35,7 +38,8 @@ gpu: gpu-test gpu-bench  ## everything that only a CUDA device can show
 gpu-test:  ## numerics, determinism, streams, graphs; then the kernels under compute-sanitizer, where it works
 	@if $(PYTHON) -c "import setup; setup.find_nvcc()" 2> /dev/null; then $(MAKE) native-cuda; \
 	else echo "nvcc was not found: CUDA C++ kernels are tested only where they are installed already"; fi
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py tests/test_functional.py::test_low_precision_is_no_worse_than_torch
+	-$(PYTHON) -m benchmarks.probe --workers $(WORKERS)
+	$(PYTHON) -m pytest $(XDIST) tests/test_gpu.py tests/test_triton.py tests/test_functional.py::test_low_precision_is_no_worse_than_torch
 	@if command -v compute-sanitizer > /dev/null; then \
 		for tool in memcheck racecheck synccheck initcheck; do \
 			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.sanitized || exit 1; \

@@ -67,7 +67,7 @@ ROUND_SECONDS = 0.02  # of repeated calls: launch gaps and the clock's steps ave
 
 
 def measure(
-    loss: str, n: int, columns: int, d: int, dtype: torch.dtype, rounds: int, deadline: float
+    loss: str, n: int, columns: int, d: int, dtype: torch.dtype, rounds: int, deadline: float, compiled: bool = True
 ) -> list[dict[str, Any]]:
     """One row per contender; ``skipped`` says why one was not measured. After the deadline there is one round."""
     torch.compiler.reset()
@@ -83,7 +83,7 @@ def measure(
     steps: dict[str, Callable[[], Step]] = {}
     for name, function in task.others.items():
         steps[name] = lambda f=function: step(f)  # type: ignore[misc]
-        if name in ("eager", "cross-entropy"):
+        if compiled and name in ("eager", "cross-entropy"):
             steps[f"compile, {name}"] = lambda f=function: step(torch.compile(f, dynamic=False))  # type: ignore[misc]
     steps = {} if max(n, columns) > LARGEST_DENSE else steps
     steps["fastcl chunked"] = lambda: step(task.ours, "chunked")
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: got a machine without a CUDA device; expected one. Run it where one is.")
@@ -263,7 +264,7 @@ def main() -> None:
         for dtype in args.dtypes.split(","):
             if (loss, n, columns, d, dtype) in done or time.monotonic() > deadline:
                 continue
-            new = measure(loss, n, columns, d, getattr(torch, dtype), args.rounds, deadline)
+            new = measure(loss, n, columns, d, getattr(torch, dtype), args.rounds, deadline, not args.no_compile)
             rows += new
             for row in new:
                 row["of_bound"] = roofline.fraction(row, gpu, machine["ceilings"])
@@ -281,7 +282,8 @@ def main() -> None:
                 for name, digest in hashes.items()
             }
             result = {
-                "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}",
+                "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}"
+                + " --no-compile" * args.no_compile,
                 "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
                 "commit": commit(),
                 "versions": versions(),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import probe
 from fastcl import _ops, _settings, explain, functional, pairwise, reference, use_backend
 from fastcl.backends import Pairs, Sides, _cuda, chunked, native
 from fastcl.testing import HOT, LossCase
@@ -682,3 +683,25 @@ def test_a_sanitizer_sees_through_the_simulator(tmp_path: Path) -> None:
         found = "heap-buffer-overflow" in done.stderr and "bounds_kernel" in done.stderr
         assert found == (rows == 34), done.stderr
         assert (done.returncode == 0) == (rows == 33), done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in probe.KINDS if kind != "contrastive"]
+)  # which is asked for by its device
+def test_the_probe_of_a_first_run_knows_right_from_wrong(
+    kind: str, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "OTHERS", 8)
+    found = probe.errors(kind, torch.bfloat16, 64, 24, "cpu")
+    assert found
+    assert max(found.values()) <= probe.TOLERANCE[torch.bfloat16]
+    calls = iter((1.0, 1.5) if kind.startswith("sums") else (1.1, 1.1))  # other bits, or other numbers
+    original = _cuda.reduce if kind.startswith("sums") else _cuda.grad
+
+    def broken(*args: Any) -> tuple[torch.Tensor, ...]:
+        factor = next(calls)
+        return tuple(factor * t for t in original(*args))
+
+    monkeypatch.setattr(_cuda, original.__name__, broken)
+    found = probe.errors(kind, torch.bfloat16, 64, 24, "cpu")
+    assert not all(error <= probe.TOLERANCE[torch.bfloat16] for error in found.values())
