@@ -354,6 +354,18 @@ def details(group: Any, world: int) -> Found:
         )
     except ValueError as error:
         found["no ring"] = str(error)
+    config, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"  # type: ignore[assignment]
+    found["companion"] = step(Ranks(group))  # the exchange goes over another group then, of the same ranks
+    dist.get_backend_config = config
+    nothing = torch.zeros(0, DIM, requires_grad=True)
+    for strategy in ("gather", "ring"):
+        ranks = Ranks(group, strategy=strategy)
+        found[f"nobody has a row, {strategy}"] = [
+            run(partial(evaluate, functional.nt_xent, ranks), {"z": nothing, "temperature": 0.1})["loss"],
+            run(partial(evaluate, functional.clip, ranks), {"image": nothing, "text": nothing, "scale": 9.0})["loss"],
+        ]
+    no_labels = {"z": nothing, "labels": torch.zeros(0, dtype=torch.long), "temperature": 0.1}
+    found["nobody has a label"] = [run(partial(evaluate, functional.supcon, Ranks(group)), no_labels)["loss"]]
     copied = copy.deepcopy(fastcl.NTXentLoss(process_group=group))
     found["copied"] = repr(copied), copied(z[:4].float())
 

@@ -212,11 +212,12 @@ def test_without_an_exchange_and_with_rows_that_want_no_gradient(
     world: int, found: Callable[[int], list[dict[str, Any]]]
 ) -> None:
     for number, rank in enumerate(found(world)):
-        (loss, grad), (even_loss, even_grad), (frozen_loss, frozen_grad) = (
-            rank["details"][name] for name in ("exchanged", "even", "frozen")
+        (loss, grad), (even_loss, even_grad), (other_loss, other_grad), (frozen_loss, frozen_grad) = (
+            rank["details"][name] for name in ("exchanged", "even", "companion", "frozen")
         )
-        assert torch.equal(loss, even_loss)
-        assert torch.equal(grad, even_grad)
+        for same, same_grad in ((even_loss, even_grad), (other_loss, other_grad)):
+            assert torch.equal(loss, same)
+            assert torch.equal(grad, same_grad)
         assert torch.equal(loss, frozen_loss)
         if number == 0:
             assert frozen_grad is None
@@ -265,6 +266,8 @@ def test_what_a_module_over_ranks_is(world: int, found: Callable[[int], list[dic
     for rank in found(world):
         details = rank["details"]
         assert "strategy='ring' for sincere" in details["no ring"]
+        for name in ("nobody has a row, gather", "nobody has a row, ring", "nobody has a label"):
+            assert all(loss == 0 for loss in details[name])
         shown, loss = details["copied"]
         assert "strategy='auto' over ranks" in shown
         assert loss.isfinite()

@@ -60,8 +60,8 @@ class Ranks:
             more than a quarter of the memory that is free on any rank.
         even: every rank promises the same shapes as all others, and that all call the same loss; the exchange that
             finds out otherwise is left out.
-        wire_dtype: in which rows, and gradients of rows, travel: ``torch.bfloat16`` halves their bytes. Rows are then
-            rounded to it on every rank alike; sums stay fp32.
+        wire_dtype: in which rows, and gradients of rows, travel: ``torch.bfloat16`` halves their bytes. In sums over
+            pairs rows are then rounded on every rank alike, their own included; sums stay fp32.
 
     Raises:
         ValueError: an unknown strategy, or a dtype that is not of floating-point numbers.
@@ -161,8 +161,8 @@ class _AllRows:
         rows, counts = chunk(len(q), self.wire)
         with _across.using(None):
             found = reduce(q[rows], k, **_sliced(options, rows))
-        if not options.get("both"):
-            return gathered(found, counts, self.wire) if found.ndim else total(found, self.wire)
+        if not options["both"]:
+            return gathered(found, counts, self.wire)
         row, col = found
         return gathered(row, counts, self.wire), _columns(link, col, self.wire)
 
@@ -226,7 +226,8 @@ def evaluate(function: Callable[..., Tensor], ranks: Ranks, *args: Any, **option
             t = gathered(t, lengths, wire)
             whole.append(t)
         elif not own:
-            t = _view_by_view(t, max(n // count for n, count in zip(lengths, counts, strict=True) if count), batch)
+            each = max((n // count for n, count in zip(lengths, counts, strict=True) if count), default=1)
+            t = _view_by_view(t, each, batch)
         given[key] = t
     if given.get("anchors") is not None:
         given["anchors"] = sum(counts)
@@ -250,7 +251,10 @@ def _agreed(name: str, ranks: Ranks, given: dict[str, Any], tensors: dict[str, T
         mine |= {
             "call": name,
             "options": {**options, "strategy": ranks.strategy, "wire_dtype": str(ranks.wire_dtype)},
-            "tensors": {key: (list(t.shape), str(t.dtype), grad and t.requires_grad) for key, t in tensors.items()},
+            "tensors": {
+                key: (list(t.shape), f"{t.dtype} on {t.device.type}", grad and t.requires_grad)
+                for key, t in tensors.items()
+            },
             "rows": len(first),
             "views": views,
             "memory": _memory(first.device, ranks.even),
