@@ -4,7 +4,7 @@ from . import functional, pairwise, reference
 from ._explain import explain
 from ._version import __version__
 from .backends import available_backends, use_backend
-from .grad_cache import cached_loss, token_chunks
+from .grad_cache import cached_embeddings, cached_loss, token_chunks
 from .inspection import pair_softmax_matmul, pair_statistics, similarity_tile
 from .losses import (
     BatchTripletLoss,
@@ -58,6 +58,7 @@ __all__ = [
     "TripletLoss",
     "__version__",
     "available_backends",
+    "cached_embeddings",
     "cached_loss",
     "explain",
     "functional",

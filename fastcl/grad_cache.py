@@ -50,26 +50,44 @@ def cached_loss(
 ) -> Tensor:
     """``loss(encoder(x0), encoder(x1), ...)``, whose backward runs the encoder again, chunk by chunk.
 
-    The result is an ordinary loss: scale it, add to it, accumulate over several, ``backward()`` once. Gradients are
-    those of the encoder applied to every chunk in turn: random numbers (dropout) and autocast are replayed, so that the
-    second forward is the first. Where no layer looks at more than one row, and none draws random numbers, that is the
-    gradient of the whole batch.
+    An ordinary loss: scale it, add to it, accumulate over several, ``backward()`` once.
+
+    Args:
+        encoders, inputs, chunk_size: those of :func:`cached_embeddings`.
+        loss: takes what the encoders give for each tower; its own parameters receive their gradients as ever.
+
+    Returns:
+        What the loss gives.
+
+    Raises:
+        TypeError, ValueError: as :func:`cached_embeddings` does.
+    """
+    return loss(*cached_embeddings(encoders, inputs, chunk_size=chunk_size))
+
+
+def cached_embeddings(
+    encoders: Encoder | Sequence[Encoder], inputs: Any, *, chunk_size: ChunkSize | Sequence[ChunkSize]
+) -> list[Any]:
+    """``[encoder(x0), encoder(x1), ...]`` of all rows, whose backward runs the encoder again, chunk by chunk.
+
+    Gradients are those of the encoder applied to every chunk in turn: random numbers (dropout) and autocast are
+    replayed, so that the second forward is the first. Where no layer looks at more than one row, and none draws random
+    numbers, that is the gradient of the whole batch. Parameters receive theirs during the backward pass, as with
+    ``backward()``; ``torch.autograd.grad`` does not see them.
 
     Args:
         encoders: a module (or function), for every tower the same; or a sequence of one for each tower. A module under
             DistributedDataParallel sends its gradients once, after its last chunk. One without a parameter or input
-            that wants a gradient is not run again.
+            that wants a gradient is not run again. Of a function nobody knows the buffers: a module is better.
         inputs: what the towers are given: a list or tuple with, for every tower, a tensor ``(B, ...)`` or any nesting
             of lists, tuples and mappings of such and of other values, which go to every chunk as they are. A mapping is
             passed as keywords, a tuple as arguments. A tensor or mapping alone is one tower.
-        loss: takes what the encoders give, a tensor ``(B, D)`` or a nesting of such for each tower; its own parameters
-            receive their gradients as ever.
         chunk_size: rows at a time; ``"auto"``, the most that fit into the memory of the device, looked for once by at
             most log2 B steps of an encoder and shape; or the size of every chunk, such as :func:`token_chunks` finds. A
             sequence of those for towers that differ.
 
     Returns:
-        What the loss gives.
+        For every tower what its encoder gives: a tensor ``(B, ...)``, or a nesting of such.
 
     Raises:
         TypeError: inputs without a tensor.
@@ -89,7 +107,7 @@ def cached_loss(
         tracked = iter(_Encoded.apply(wanting, len(given), anchor, *given, *found))
         for tower in wanting:
             tower.found = [next(tracked) for _ in tower.found]
-    return loss(*(tree_unflatten(tower.found, tower.found_spec) for tower in towers))
+    return [tree_unflatten(tower.found, tower.found_spec) for tower in towers]
 
 
 def token_chunks(lengths: Tensor | Sequence[int], budget: int) -> list[int]:
@@ -340,4 +358,4 @@ def _fits(tower: _Tower, rows: int) -> bool:
     return True
 
 
-__all__ = ["cached_loss", "token_chunks"]
+__all__ = ["cached_embeddings", "cached_loss", "token_chunks"]

@@ -31,6 +31,9 @@ class TrainConfig:
     )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
+    chunk: int | None = _option(
+        None, "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk"
+    )
     learning_rate: float = _option(3e-3, "peak learning rate of AdamW, after a linear warm-up and before a cosine")
     weight_decay: float = _option(1e-4, "weight decay of AdamW")
     temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
@@ -59,8 +62,18 @@ class TrainConfig:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices and (value is not None or f.default is not None):
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "image_size": 8}
-        for name in ("steps", "batch_size", "queue_size", "image_size", "checkpoint_every", "probe_every", "threads"):
+        least = {"batch_size": 2, "chunk": 2, "image_size": 8}
+        counts = (
+            "steps",
+            "batch_size",
+            "chunk",
+            "queue_size",
+            "image_size",
+            "checkpoint_every",
+            "probe_every",
+            "threads",
+        )
+        for name in counts:
             value, low = getattr(self, name), least.get(name, 1)
             if value is not None and value < low:
                 raise TrainError(f"got {name} = {value}; expected {low} or more. Choose a larger number.")

@@ -21,6 +21,7 @@ from .. import functional, reference
 from .._measure import peak_bytes
 from .._version import __version__
 from ..backends import native
+from ..grad_cache import cached_embeddings
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
@@ -99,7 +100,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 views = _views(config, data, step, device)
-                loss, spent = _step(method, optimizer, views, device)
+                loss, spent = _step(method, optimizer, views, device, config.chunk)
                 loss_seconds += spent
                 seconds += _now(device) - began
                 if not math.isfinite(loss):
@@ -135,22 +136,27 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
 
 
 def _step(
-    method: SimCLR | MoCo, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor], device: torch.device
+    method: SimCLR | MoCo,
+    optimizer: torch.optim.Optimizer,
+    views: tuple[Tensor, Tensor],
+    device: torch.device,
+    chunk: int | None = None,
 ) -> tuple[float, float]:
     """One optimizer step: the loss, and the seconds that the loss itself took, forward and backward.
 
-    The backward pass is cut at the embeddings: first from the loss to them, timed, then from them to the weights.
+    The backward pass is cut at the embeddings: first from the loss to them, timed, then from them to the weights, of
+    which a chunk of images at a time has activations.
     """
     optimizer.zero_grad()
-    embeddings = method.embed(*views)
+    method.begin_step()
+    embeddings = cached_embeddings(method, [views], chunk_size=chunk)[0] if chunk else method(*views)
     leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
     began = _now(device)
     loss = method.loss(*leaves)
     loss.backward()
     spent = _now(device) - began
-    torch.autograd.backward(
-        [e for e in embeddings if e.requires_grad], [leaf.grad for leaf in leaves if leaf.grad is not None]
-    )
+    cut = [(e, leaf.grad) for e, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
+    torch.autograd.backward([e for e, _ in cut], [grad for _, grad in cut])
     optimizer.step()
     return loss.item(), spent
 
@@ -241,7 +247,7 @@ def _finish(
 def _loss_peak_bytes(method: SimCLR | MoCo, views: tuple[Tensor, Tensor]) -> dict[str, int]:
     """Peak memory in bytes of the loss, forward and backward, fused and dense, on the same embeddings of one batch."""
     with torch.no_grad():
-        embeddings = method.embed(*views)
+        embeddings = method(*views)
 
     def peak(functions: Any) -> int:
         query, key = embeddings[0].clone().requires_grad_(), embeddings[1].clone()

@@ -1,4 +1,4 @@
-"""Methods: an encoder, a head and a loss. ``embed`` makes what the loss takes, so the loss can be timed by itself."""
+"""Methods: an encoder, a head and a loss. ``forward`` makes what the loss takes, so the loss can be timed by itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class SimCLR(nn.Module):
         self.head = projection_head(features, DIM)
         self.loss = NTXentLoss(config.temperature)
 
-    def embed(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
+    def begin_step(self) -> None:
+        """Nothing but the weights moves from step to step."""
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
         """Two views ``(B, C, H, W)`` to two embeddings ``(B, DIM)``; one pass, so BatchNorm sees both views."""
         z0, z1 = self.head(self.encoder(torch.cat([view0, view1]))).chunk(2)
         return z0, z1
@@ -51,10 +54,16 @@ class MoCo(nn.Module):
         self.loss = MoCoLoss(DIM, config.queue_size, config.temperature)
         self.momentum = config.momentum
 
-    def embed(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views ``(B, C, H, W)`` to queries and keys ``(B, DIM)``; moves the key encoder first, as MoCo's code."""
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Moves the key encoder, before the keys of a step as in MoCo's code."""
+        for slow, fast in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
+            for key, query in zip(slow.parameters(), fast.parameters(), strict=True):
+                key.lerp_(query, 1 - self.momentum)
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views ``(B, C, H, W)`` to queries and keys ``(B, DIM)``."""
         with torch.no_grad():
-            self._follow()
             key = self.key_head(self.key_encoder(view1))
         return self.head(self.encoder(view0)), key
 
@@ -64,11 +73,6 @@ class MoCo(nn.Module):
             l2_normalize(query), l2_normalize(key), self.loss.queue.features, temperature=self.loss.temperature
         )
         return loss
-
-    def _follow(self) -> None:
-        for slow, fast in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
-            for key, query in zip(slow.parameters(), fast.parameters(), strict=True):
-                key.lerp_(query, 1 - self.momentum)
 
 
 METHODS: dict[str, type[SimCLR] | type[MoCo]] = {"simclr": SimCLR, "moco": MoCo}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_a_step_cut_at_the_embeddings_is_the_step_of_one_backward(name: str) -> 
     cut, whole = build(method=name), build(method=name)
     loss, seconds = _step(cut, optimizer(cut), views(), CPU)
     sgd = optimizer(whole)
-    expected = whole.loss(*whole.embed(*views()))
+    whole.begin_step()
+    expected = whole.loss(*whole(*views()))
     expected.backward()
     sgd.step()
     assert loss == expected.item() and seconds > 0
@@ -45,10 +47,28 @@ def test_a_step_cut_at_the_embeddings_is_the_step_of_one_backward(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco"])
+def test_a_step_in_chunks_is_the_step_of_their_embeddings(name: str) -> None:
+    cut, whole = build(method=name), build(method=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # BatchNorm sees chunks
+        loss, _ = _step(cut, optimizer(cut), views(), CPU, chunk=3)
+    sgd = optimizer(whole)
+    whole.begin_step()
+    parts = [whole(*part) for part in zip(*(view.split(3) for view in views()), strict=True)]
+    expected = whole.loss(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    expected.backward()
+    sgd.step()
+    assert loss == expected.item()
+    for (key, a), b in zip(cut.state_dict().items(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+    assert not torch.equal(cut.encoder[0].weight, build(method=name).encoder[0].weight)
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco"])
 def test_the_fused_loss_is_the_dense_one(name: str) -> None:
     method = build(method=name, queue_size=50)
     with torch.no_grad():
-        embeddings = method.embed(*views())
+        embeddings = method(*views())
         dense = method.formula(reference, *(e.double() for e in embeddings)) if name == "simclr" else None
         dense = method.formula(reference, *embeddings) if dense is None else dense
         fused = method.formula(functional, *embeddings)
