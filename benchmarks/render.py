@@ -259,6 +259,31 @@ def examples(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)} All but `scale` are shares; CPU seconds are of one run."
 
 
+def dropins(result: dict[str, Any]) -> str:
+    """What ``benchmarks/dropins`` wrote: a line per case; memory at the largest size that the original was run at."""
+    rows = []
+    for row in result["rows"]:
+        sizes = {size["size"]: size for size in row["sizes"]}
+        both = [size for size in sizes.values() if "original" in size["peak_bytes"]]
+        times = [sizes.get(n, {}).get("times_faster") for n in (512, 2048, 8192)]
+        others = [size for size in both if size["size"] not in (512, 2048, 8192)]
+        at = both[-1]["size"]
+        rows.append([
+            row["library"],
+            row["label"] if row["fused"] else f"{row['label']} (not fused)",
+            *("" if t is None else f"{t:.2f} x" for t in times),
+            ", ".join(f"{size['times_faster']:.1f} x at {size['size']:,}" for size in others),
+            f"{at:,}",
+            *(_digits(both[-1]["peak_bytes"][name] / 1e6) for name in ("original", "fastcl")),
+            f"{max(row['apart'].values()):.0e}",
+        ])  # fmt: skip
+    head = ["library", "case", "faster at 512", "at 2,048", "at 8,192", "at other sizes", "memory at"]
+    head += ["MB, original", "MB, ours", "apart"]
+    note = "".join(f" Measured again at commit {u['commit']}: `{u['command']}`." for u in result.get("updates", []))
+    found = "; ".join(result["findings"]) or "none"
+    return f"{markdown(head, rows)}\n\n{_measured(result)}{note} What refutes a claim: {found}."
+
+
 def gradients(result: dict[str, Any]) -> str:
     """What ``benchmarks/ranks.py`` wrote of gradients: their factors against those of one process."""
 
@@ -290,6 +315,24 @@ def ranks(result: dict[str, Any]) -> str:
     ]
     head = ["loss", "over ranks", "ms, slowest rank", "peak MB", "MB sent"]
     return f"{markdown(head, rows)}\n\n{_measured(result)} {result['machine']['ranks']} ranks of one machine."
+
+
+def grad_cache(result: dict[str, Any]) -> str:
+    """What ``benchmarks/grad_cache.py`` wrote."""
+    rows = [
+        [
+            row["encoder"],
+            f"{row['rows']:,}",
+            row["contender"],
+            _digits(row["median_seconds"] * 1e3),
+            f"{row['of_plain']:.2f} x",
+            _digits(row["peak_bytes"] / 1e6),
+            f"{row['apart']:.0e}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["encoder", "rows", "step", "ms", "of the plain step", "peak MB", "gradient apart"]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} Chunks of {result['chunk']} rows."
 
 
 def scaling(result: dict[str, Any]) -> str:
@@ -345,8 +388,10 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "examples": ("examples.json", examples),
     "aot": ("aot.json", aot),
     "predicted": ("predicted-h200.json", predicted),
+    "dropins-cpu": ("dropins-cpu.json", dropins),
     "gradients-of-ranks": ("ranks-cpu.json", gradients),
     "ranks-cpu": ("ranks-cpu.json", ranks),
+    "grad_cache-cpu": ("grad_cache-cpu.json", grad_cache),
     "scaling": ("scaling.json", scaling),
     "ledger": (None, verified),
 }

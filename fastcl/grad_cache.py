@@ -323,7 +323,7 @@ def _warn_of_ghosts(encoder: nn.Module, rows: int) -> None:
     names = ", ".join(sorted({type(module).__name__ for module in ghosts}))
     if names and names not in _warned:
         _warned.add(names)
-        warnings.warn(_GHOST.format(names=names, rows=rows), stacklevel=4)
+        warnings.warn(_GHOST.format(names=names, rows=rows), stacklevel=5)
 
 
 def _largest(tower: _Tower) -> int:

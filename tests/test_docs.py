@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("docs/losses.md", 5), ("docs/distributed.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 3), ("docs/losses.md", 5), ("docs/distributed.md", 1), ("docs/grad_cache.md", 1)]
+)
 def test_snippets_run(page: str, least: int) -> None:
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(snippets) >= least
