@@ -332,7 +332,7 @@ def details(group: Any, world: int) -> Found:
         else:
             loss = evaluate(functional.nt_xent, ranks, torch.cat([x, y]), temperature=0.2)
         loss.backward()
-        return loss.detach(), x.grad
+        return loss.detach(), None if x.grad is None or y.grad is None else torch.stack([x.grad, y.grad])
 
     found["exchanged"], found["even"] = step(Ranks(group)), step(Ranks(group, even=True))
     found["frozen"] = step(Ranks(group), wants=rank > 0)

@@ -34,6 +34,7 @@ from .progress import Progress
 from .run_folder import COLUMNS, claim, metrics_log
 
 _FINAL = 50  # the loss of a run is the mean of its last steps, this many
+_DENSE = 1024  # images; the matrix of a larger batch need not fit where the run did
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -221,6 +222,7 @@ def _finish(
     }
     probe = {name: prober.all(f) for name, f in features.items()}
     final = [row["loss"] for row in history[-_FINAL:]]
+    view0, view1 = (view[:_DENSE] for view in _views(config, data, config.steps, device))
     result = {
         "method": config.method,
         "dataset": config.data,
@@ -230,7 +232,8 @@ def _finish(
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
-        "loss_peak_bytes": _loss_peak_bytes(method, _views(config, data, config.steps, device)),
+        "loss_peak_images": len(view0),
+        "loss_peak_bytes": _loss_peak_bytes(method, (view0, view1)),
         "control": config.control,
         "threads": config.threads,
         "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},

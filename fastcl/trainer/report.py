@@ -30,7 +30,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"share of a step spent in the loss: {result['loss_share']:.1%}",
-        f"peak memory of the loss: fastcl {peak['fastcl']:.2f} MiB, dense {peak['dense']:.2f} MiB",
+        f"peak memory of the loss of {result['loss_peak_images']} images: fastcl {peak['fastcl']:.2f} MiB, "
+        f"dense {peak['dense']:.2f} MiB",
     ]
     return "\n".join(lines)
 
