@@ -138,7 +138,7 @@ class _Chunk:
 
     rows: slice
     cpu_state: Tensor
-    device_state: Tensor | None
+    device_states: list[Tensor]
 
 
 class _Tower:
@@ -157,11 +157,17 @@ class _Tower:
             raise ValueError(
                 sentence(got, "one number of rows", "Pass what all rows share by a closure of the encoder.")
             )
-        self.rows, self.device = lengths[0], self.leaves[0].device
+        self.rows = lengths[0]
         self.found: list[Tensor] = []
         self.found_spec: Any = None
         self.chunks: list[_Chunk] = []
-        self.autocast = {device: _autocast_of(device) for device in {"cpu", self.device.type}}
+        used = {t.device for t in (*self.leaves, *(self.module.parameters() if self.module is not None else ()))}
+        self.autocast = {device: _autocast_of(device) for device in {"cpu", *(d.type for d in used)}}
+        self.gpus = sorted((d for d in used if d.type == "cuda"), key=lambda d: d.index)
+
+    def chunk(self, rows: slice) -> _Chunk:
+        """Rows, and the random state of now."""
+        return _Chunk(rows, torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in self.gpus])
 
     @property
     def module(self) -> nn.Module | None:
@@ -196,8 +202,7 @@ class _Tower:
         """The first forward."""
         parts = []
         for rows in self.slices():
-            device_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            self.chunks.append(_Chunk(rows, torch.get_rng_state(), device_state))
+            self.chunks.append(self.chunk(rows))
             parts.append(self.call(rows))
         self.found = [torch.cat(columns) for columns in zip(*parts, strict=True)]
         if self.module is not None and len(self.chunks) > 1:
@@ -227,7 +232,7 @@ class _Tower:
             for device, options in self.autocast.items():
                 replayed.enter_context(torch.autocast(device, **options))
             replayed.enter_context(sync)
-            replayed.enter_context(_random_state(self.device, chunk))
+            replayed.enter_context(_random_state(self.gpus, chunk))
             replayed.enter_context(torch.enable_grad())
             found = self.call(chunk.rows, leaves)
             pairs = [(t, g[chunk.rows]) for t, g in zip(found, grads, strict=True) if t.requires_grad]
@@ -292,12 +297,12 @@ def _autocast_of(device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _random_state(device: torch.device, chunk: _Chunk) -> Iterator[None]:
+def _random_state(gpus: list[torch.device], chunk: _Chunk) -> Iterator[None]:
     """That of the chunk's first forward; afterwards what it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(gpus):
         torch.set_rng_state(chunk.cpu_state)
-        if chunk.device_state is not None:
-            torch.cuda.set_rng_state(chunk.device_state, device)
+        for gpu, state in zip(gpus, chunk.device_states, strict=True):
+            torch.cuda.set_rng_state(state, gpu)
         yield
 
 
@@ -345,11 +350,10 @@ def _fits(tower: _Tower, rows: int) -> bool:
     trial = _Tower(encoder, tree_unflatten(tower.values, tower.spec), rows)
     trial.positional, trial.by_name = tower.positional, tower.by_name
     parameters = [p for p in encoder.parameters() if p.requires_grad] if isinstance(encoder, nn.Module) else []
-    part = slice(0, rows)
-    state = _Chunk(part, torch.get_rng_state(), None)
+    chunk = trial.chunk(slice(0, rows))
     try:
-        with _buffers_as_they_are([trial]), _random_state(tower.device, state), torch.enable_grad():
-            found = [t for t in trial.call(part) if t.requires_grad]
+        with _buffers_as_they_are([trial]), _random_state(trial.gpus, chunk), torch.enable_grad():
+            found = [t for t in trial.call(chunk.rows) if t.requires_grad]
             if found:
                 ones = [torch.ones_like(t) for t in found]
                 torch.autograd.grad(found, parameters or trial.leaves, ones, allow_unused=True)

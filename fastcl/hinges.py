@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from .pairwise import add_rows, apply, once_differentiable
-from .triples import distance_grad, distance_tile
+from .triples import class_runs, distance_grad, distance_tile
 
 _TILE = 2**17  # numbers of a tile of distances, a handful of which live at once: they should stay in the cache
 
@@ -70,7 +70,7 @@ def pair_hinges(
 
 
 class _Hinges(torch.autograd.Function):
-    """Both directions walk over the same tiles; the distances are computed again in the backward pass."""
+    """The gradients of both sums are found with them: a hinge's slope does not depend on other pairs."""
 
     @staticmethod
     def forward(
@@ -83,91 +83,119 @@ class _Hinges(torch.autograd.Function):
         distance: str,
         skip_diagonal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.options = margins, distance, skip_diagonal
-        ctx.save_for_backward(q, k, labels, column_labels)
-        sums = q.new_zeros(2, dtype=torch.float64)
-        above, pairs = labels.new_zeros(2, dtype=torch.long), labels.new_zeros(2, dtype=torch.long)
-        for tile in _tiles(q, k, labels, column_labels, *ctx.options):
-            for side, (cost, kept) in enumerate(zip(tile.costs(), (tile.positive, tile.negative), strict=True)):
-                tile.add(sums[side], cost)
-                tile.add(above[side], cost > 0)
-                tile.add(pairs[side], kept)
+        x = q.to(torch.promote_types(q.dtype, torch.float32))
+        y = x if k is None else k.to(x.dtype)
+        sums = x.new_zeros(2, dtype=torch.float64)
+        above = labels.new_zeros(2, dtype=torch.long)
+        wanted = any(ctx.needs_input_grad[:2])
+        dx = x.new_zeros(2, *(x.shape if wanted else (0,)))
+        dy = dx if k is None else y.new_zeros(2, *(y.shape if wanted else (0,)))
+        for tile in _tiles(x, y, k is None, labels, column_labels, distance, skip_diagonal):
+            for side in range(2):
+                found = tile.hinges(side, margins[side], distance, (dx[side], dy[side]) if wanted else None)
+                sums[side] += found[0]
+                above[side] += found[1]
+        ctx.dtypes = q.dtype, None if k is None else k.dtype
+        ctx.save_for_backward(dx, None if k is None else dy)
+        pairs = _pairs(labels, column_labels, skip_diagonal)
         ctx.mark_non_differentiable(above, pairs)
         return sums, above, pairs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-        q, k, labels, column_labels = ctx.saved_tensors
-        _, distance, _ = ctx.options
-        x, y = _wide(q, k)
-        dx = torch.zeros_like(x)
-        dy = dx if k is None else torch.zeros_like(y)
-        for tile in _tiles(q, k, labels, column_labels, *ctx.options):
-            w = tile.weights(*grad.to(x.dtype))
-            rows, columns = tile.rows, tile.columns
-            if distance == "cosine":
-                row_grad, col_grad = distance_grad(w, tile.d, x[rows], y[columns], distance)
-            else:
-                # Most pairs cost nothing, and near ones need the difference of their rows: both are listed.
-                active = w != 0
-                few = 16 * int(active.sum()) <= w.numel()
-                i, j = (active if few else active & tile.near).nonzero(as_tuple=True)
-                row_grad, col_grad = torch.zeros_like(x[rows]), torch.zeros_like(y[columns])
-                for part in _chunks(i, x.shape[1]):
-                    a, b = i[part], j[part]
-                    slope = 2 * w[a, b] if distance == "squared" else w[a, b] / tile.d[a, b].clamp(min=_tiny(x))
-                    difference = (x[rows][a] - y[columns][b]) * slope[:, None]
-                    add_rows(row_grad, a, difference)
-                    add_rows(col_grad, b, -difference)
-                if not few:
-                    w = w.masked_fill(tile.near, 0)
-                    far = distance_grad(w, tile.d, x[rows], y[columns], distance)
-                    row_grad, col_grad = row_grad + far[0], col_grad + far[1]
-            dx[rows] += row_grad
-            dy[columns] += col_grad
-        return dx.to(q.dtype), None if k is None else dy.to(k.dtype), None, None, None, None, None
+        dq, dk = (
+            None if d is None else (grad.to(d.dtype)[:, None, None] * d).sum(0).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return dq, dk, None, None, None, None, None
+
+
+def _pairs(labels: Tensor, column_labels: Tensor, skip_diagonal: bool) -> Tensor:
+    """How many pairs are positive, and how many negative."""
+    _, start, end = class_runs(labels, column_labels)
+    both = min(len(labels), len(column_labels)) if skip_diagonal else 0
+    positive = (end - start).sum() - (labels[:both] == column_labels[:both]).sum()
+    return torch.stack([positive, len(labels) * len(column_labels) - both - positive])
 
 
 class _Tile(NamedTuple):
-    """Distances ``(R, C)`` of some rows to some columns; columns from ``once`` on stand for their mirror image too."""
+    """Distances ``(R, C)`` of some rows to some columns, squared where they are Euclidean, but for rounding.
 
+    Columns from ``once`` on stand for their mirror image too.
+    """
+
+    x: Tensor
+    y: Tensor
     rows: slice
     columns: slice
     once: int
     d: Tensor
-    near: Tensor
-    positive: Tensor
-    negative: Tensor
-    margins: tuple[float, float]
+    near: Tensor | None  # where rounding costs digits; None where nowhere
+    slack: float  # that rounding costs at most
+    kept: tuple[Tensor, Tensor]  # positive pairs, and negative ones
 
-    def costs(self) -> tuple[Tensor, Tensor]:
-        positive, negative = self.margins
-        return (
-            (self.d - positive).relu_().masked_fill_(~self.positive, 0),
-            (negative - self.d).relu_().masked_fill_(~self.negative, 0),
-        )
+    def hinges(
+        self, side: int, margin: float, distance: str, grads: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the costs of one side's pairs, and how many cost something; their gradients are added to ``grads``.
 
-    def add(self, total: Tensor, values: Tensor) -> None:
-        total += values[:, : self.once].sum(dtype=total.dtype) + 2 * values[:, self.once :].sum(dtype=total.dtype)
-
-    def weights(self, positive_grad: Tensor, negative_grad: Tensor) -> Tensor:
-        positive, negative = self.margins
-        w = torch.zeros_like(self.d)
-        w[self.positive & (self.d > positive)] = positive_grad
-        w[self.negative & (self.d < negative)] = -negative_grad
-        w[:, self.once :] *= 2
-        return w
-
-
-def _wide(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows and columns in fp32 (fp64)."""
-    x = q.to(torch.promote_types(q.dtype, torch.float32))
-    return x, x if k is None else k.to(x.dtype)
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
+        Few pairs are listed, and near ones always: their distance is that of the difference of their rows.
+        """
+        sign = (1, -1)[side]
+        bound = margin if distance != "euclidean" else margin**2 if margin > 0 else 0.0
+        if distance == "euclidean" and margin < 0:  # every distance is above
+            costs = self.kept[0] if side == 0 else torch.zeros_like(self.kept[1])
+        else:
+            costs = (self.d > bound - self.slack) if side == 0 else (self.d < bound + self.slack)
+            costs &= self.kept[side]
+        rows, columns = self.rows, self.columns
+        few = 16 * int(costs.sum()) <= costs.numel()
+        far = None
+        if not few:
+            far = costs if self.near is None else costs & ~self.near
+            costs = torch.zeros_like(costs) if self.near is None else costs & self.near
+        i, j = costs.nonzero(as_tuple=True)
+        total, count = self.d.new_zeros((), dtype=torch.float64), i.new_zeros(())
+        for part in _chunks(i, self.x.shape[1]):
+            a, b = i[part], j[part]
+            x, y = self.x[rows][a], self.y[columns][b]
+            if distance == "cosine":
+                d = 1 - (x * y).sum(1)
+            else:
+                difference = x - y
+                d = difference.square().sum(1)
+                d = d.sqrt() if distance == "euclidean" else d
+            cost = (sign * (d - margin)).relu_()
+            times = (cost > 0) * (1 + (b >= self.once).long())
+            total += (cost * times).sum(dtype=torch.float64)
+            count += times.sum()
+            if grads is not None:
+                w = sign * times.to(d.dtype)
+                if distance == "cosine":
+                    add_rows(grads[0][rows], a, -w[:, None] * y)
+                    add_rows(grads[1][columns], b, -w[:, None] * x)
+                else:
+                    slope = 2 * w if distance == "squared" else w / d.clamp(min=torch.finfo(d.dtype).tiny)
+                    difference *= slope[:, None]
+                    add_rows(grads[0][rows], a, difference)
+                    add_rows(grads[1][columns], b, difference.neg_())
+        if far is None:
+            return total, count
+        d = self.d.clamp(min=0).sqrt_() if distance == "euclidean" else self.d
+        cost = (sign * (d - margin)).relu_().masked_fill_(~far, 0)
+        far = cost > 0
+        for values, result in ((cost, total), (far, count)):
+            result += values[:, : self.once].sum(dtype=result.dtype) + 2 * values[:, self.once :].sum(
+                dtype=result.dtype
+            )
+        if grads is not None:
+            w = far.to(d.dtype).mul_(sign)
+            w[:, self.once :] *= 2
+            row_grad, col_grad = distance_grad(w, d, self.x[rows], self.y[columns], distance)
+            grads[0][rows] += row_grad
+            grads[1][columns] += col_grad
+        return total, count
 
 
 def _chunks(index: Tensor, width: int) -> Iterator[slice]:
@@ -178,41 +206,32 @@ def _chunks(index: Tensor, width: int) -> Iterator[slice]:
 
 
 def _tiles(
-    q: Tensor,
-    k: Tensor | None,
-    labels: Tensor,
-    column_labels: Tensor,
-    margins: tuple[float, float],
-    distance: str,
-    skip_diagonal: bool,
+    x: Tensor, y: Tensor, one_set: bool, labels: Tensor, column_labels: Tensor, distance: str, skip_diagonal: bool
 ) -> Iterator[_Tile]:
-    x, y = _wide(q, k)
     x_squares, y_squares = x.square().sum(1), y.square().sum(1)
-    at = torch.arange(max(len(x), len(y)), device=q.device)
+    longest = (
+        float((x_squares.max() + y_squares.max()).clamp(max=torch.finfo(x.dtype).max)) if len(x) and len(y) else 0.0
+    )
+    slack = 0.0 if distance == "cosine" else 16 * torch.finfo(x.dtype).eps * longest
     height = max(1, _TILE // max(len(y), 1))
     for first in range(0, len(x), height):
         rows = slice(first, min(first + height, len(x)))
-        columns = slice(first if k is None else 0, len(y))
-        own = at[rows, None] == at[columns]
-        near = torch.zeros_like(own)
-        if distance == "cosine":
-            d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], distance)
-        else:
-            d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], "squared")
-            if k is None:
-                d.masked_fill_(own, 0)
-            # Rounding the squares costs a few eps of their sum: here less than 1e-5 of d.
-            near = d < (x_squares[rows, None] + y_squares[columns]) / 8
-            if k is None:
-                near &= ~own
-            i, j = near.nonzero(as_tuple=True)
-            for part in _chunks(i, x.shape[1]):
-                d[i[part], j[part]] = (x[rows][i[part]] - y[columns][j[part]]).square().sum(1)
-            d = d if distance == "squared" else d.sqrt_()
+        columns = slice(first if one_set else 0, len(y))
+        squares = "cosine" if distance == "cosine" else "squared"
+        d = distance_tile(x[rows], y[columns], x_squares[rows], y_squares[columns], squares)
         positive = labels[rows, None] == column_labels[columns]
         negative = ~positive
+        # pair i, i: a number of the rows is a number of the columns, too, less those left of them
+        diagonal = torch.arange(rows.start, min(rows.stop, len(y)), device=x.device)
+        own = diagonal - rows.start, diagonal - columns.start
+        if one_set:
+            d[own] = 0
         if skip_diagonal:
-            positive &= ~own
-            negative &= ~own
-        once = rows.stop - rows.start if k is None else len(y)
-        yield _Tile(rows, columns, once, d, near, positive, negative, margins)
+            positive[own] = negative[own] = False
+        near = None
+        if distance != "cosine" and bool(d.min() < longest / 8):
+            # Rounding the squares costs a few eps of their sum: elsewhere less than 1e-5 of d.
+            near = d < (x_squares[rows, None] + y_squares[columns]) / 8
+        yield _Tile(
+            x, y, rows, columns, rows.stop - rows.start if one_set else len(y), d, near, slack, (positive, negative)
+        )
