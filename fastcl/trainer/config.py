@@ -21,7 +21,7 @@ class TrainConfig:
     Equal configs give equal metrics, bit for bit, on one machine and one version of torch.
     """
 
-    method: str = _option("simclr", "what to train", "simclr", "moco")
+    method: str = _option("simclr", "what to train", "simclr", "moco", "byol", "simsiam", "supcon")
     data: str = _option("digits", "data set", "digits", "fashion-mnist", "cifar10", "stl10", "imagefolder", "imagenet")
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
@@ -38,7 +38,7 @@ class TrainConfig:
     weight_decay: float = _option(1e-4, "weight decay of AdamW")
     temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
     queue_size: int = _option(1024, "moco: keys in the queue")
-    momentum: float = _option(0.99, "moco: how much of the key encoder a step keeps")
+    momentum: float = _option(0.99, "moco, byol: how much of the slowly moving encoder a step keeps")
     control: str | None = _option(
         None,
         "a run that must fail, to check the checks: shuffled-pairs gives every image the second view of another one",

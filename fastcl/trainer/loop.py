@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
-from .methods import METHODS, MoCo, SimCLR
+from .methods import METHODS, Method
 from .models import build_encoder, calibrated
 from .probe import Prober
 from .progress import Progress
@@ -73,6 +73,10 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
     events = need("torch.utils.tensorboard", "the event log")
     device = _device(config.device)
     data = load_data(config)
+    if config.method == "supcon" and bool((data.train.labels < 0).any()):
+        raise TrainError(
+            f"got images without labels in {config.data} for supcon; expected labels for all. Choose another method."
+        )
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
         method = _build(config, data).to(device)
@@ -100,8 +104,8 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                 learning_rate = _learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                views = _views(config, data, step, device)
-                loss, spent = _step(method, optimizer, views, device, config.chunk)
+                views, labels = _batch(config, data, step, device)
+                loss, spent = _step(method, optimizer, views, labels, device, config.chunk)
                 loss_seconds += spent
                 seconds += _now(device) - began
                 if not math.isfinite(loss):
@@ -137,9 +141,10 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
 
 
 def _step(
-    method: SimCLR | MoCo,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     views: tuple[Tensor, Tensor],
+    labels: Tensor,
     device: torch.device,
     chunk: int | None = None,
 ) -> tuple[float, float]:
@@ -153,7 +158,7 @@ def _step(
     embeddings = cached_embeddings(method, [views], chunk_size=chunk)[0] if chunk else method(*views)
     leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
     began = _now(device)
-    loss = method.loss(*leaves)
+    loss = method.objective(labels, *leaves)
     loss.backward()
     spent = _now(device) - began
     cut = [(e, leaf.grad) for e, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
@@ -162,15 +167,15 @@ def _step(
     return loss.item(), spent
 
 
-def _views(config: TrainConfig, data: Data, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two views of step ``step``, counted from 1: ``(B, C, H, W)`` each, channels last, which convolves faster."""
+def _batch(config: TrainConfig, data: Data, step: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels."""
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
     view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step))
     if config.control == "shuffled-pairs":
         view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
-    return view0, view1
+    return (view0, view1), data.train.labels[at].to(device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -192,7 +197,7 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
 
 
-def _build(config: TrainConfig, data: Data) -> SimCLR | MoCo:
+def _build(config: TrainConfig, data: Data) -> Method:
     """The method with the weights of the seed; the global generator is left as it was."""
     _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
@@ -207,7 +212,7 @@ def _finish(
     folder: Path,
     data: Data,
     prober: Prober,
-    method: SimCLR | MoCo,
+    method: Method,
     history: list[dict[str, Any]],
     seconds: float,
     loss_seconds: float,
@@ -222,7 +227,8 @@ def _finish(
     }
     probe = {name: prober.all(f) for name, f in features.items()}
     final = [row["loss"] for row in history[-_FINAL:]]
-    view0, view1 = (view[:_DENSE] for view in _views(config, data, config.steps, device))
+    views, labels = _batch(config, data, config.steps, device)
+    labels = labels[:_DENSE]
     result = {
         "method": config.method,
         "dataset": config.data,
@@ -232,8 +238,8 @@ def _finish(
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
-        "loss_peak_images": len(view0),
-        "loss_peak_bytes": _loss_peak_bytes(method, (view0, view1)),
+        "loss_peak_images": len(labels),
+        "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
         "control": config.control,
         "threads": config.threads,
         "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -247,17 +253,14 @@ def _finish(
     return result
 
 
-def _loss_peak_bytes(method: SimCLR | MoCo, views: tuple[Tensor, Tensor]) -> dict[str, int]:
+def _loss_peak_bytes(method: Method, views: Sequence[Tensor], labels: Tensor) -> dict[str, int]:
     """Peak memory in bytes of the loss, forward and backward, fused and dense, on the same embeddings of one batch."""
-    with torch.no_grad():
-        embeddings = method(*views)
+    embeddings = [e.detach().requires_grad_(e.requires_grad) for e in method(*views)]
 
     def peak(functions: Any) -> int:
-        query, key = embeddings[0].clone().requires_grad_(), embeddings[1].clone()
-        if isinstance(method, SimCLR):
-            key.requires_grad_()
+        leaves = [e.detach().clone().requires_grad_(e.requires_grad) for e in embeddings]
         native.release_workspace()  # so that taking it is counted
-        return peak_bytes(lambda: method.formula(functions, query, key).backward(), query.device)
+        return peak_bytes(lambda: method.formula(functions, labels, *leaves).backward(), labels.device)
 
     return {"fastcl": peak(functional), "dense": peak(reference)}
 

@@ -1,4 +1,7 @@
-"""Methods: an encoder, a head and a loss. ``forward`` makes what the loss takes, so the loss can be timed by itself."""
+"""Methods: an encoder, what stands on it, and a loss. ``forward`` makes what the loss takes, which is timed by itself.
+
+Networks that follow another slowly run in training mode: their BatchNorm normalises by the batch, as the other's does.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..losses import MoCoLoss, NTXentLoss
+from ..losses import BYOLLoss, MoCoLoss, NegativeCosineLoss, NTXentLoss, SupConLoss
 from ..pairwise import l2_normalize
 from .config import TrainConfig
 from .models import projection_head
@@ -16,7 +19,30 @@ from .models import projection_head
 DIM = 64  # features that the loss sees
 
 
-class SimCLR(nn.Module):
+class Method(nn.Module):
+    """What the loop knows of a method: ``encoder``, whose features are probed, ``loss``, and the following."""
+
+    encoder: nn.Module
+    loss: nn.Module
+
+    def begin_step(self) -> None:
+        """Before the embeddings of every step."""
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        """Two views ``(B, C, H, W)`` to embeddings ``(B, DIM)``; one pass over both, so BatchNorm sees both."""
+        raise NotImplementedError
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        """The loss of the embeddings of images with these labels ``(B,)``."""
+        loss: Tensor = self.loss(*embeddings)
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        """The same by ``fastcl.functional`` or ``fastcl.reference``, without moving a queue: to compare."""
+        raise NotImplementedError
+
+
+class SimCLR(Method):
     """SimCLR (Chen et al. 2020, arXiv:2002.05709): two views, one encoder, NT-Xent."""
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
@@ -25,25 +51,35 @@ class SimCLR(nn.Module):
         self.head = projection_head(features, DIM)
         self.loss = NTXentLoss(config.temperature)
 
-    def begin_step(self) -> None:
-        """Nothing but the weights moves from step to step."""
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.encoder(torch.cat([view0, view1]))).chunk(2)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views ``(B, C, H, W)`` to two embeddings ``(B, DIM)``; one pass, so BatchNorm sees both views."""
-        z0, z1 = self.head(self.encoder(torch.cat([view0, view1]))).chunk(2)
-        return z0, z1
-
-    def formula(self, functions: ModuleType, z0: Tensor, z1: Tensor) -> Tensor:
-        """The loss by ``fastcl.functional`` or ``fastcl.reference``: what there is to compare."""
-        loss: Tensor = functions.nt_xent(l2_normalize(torch.cat([z0, z1])), temperature=self.loss.temperature)
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = functions.nt_xent(l2_normalize(torch.cat(embeddings)), temperature=self.loss.temperature)
         return loss
 
 
-class MoCo(nn.Module):
-    """MoCo (He et al. 2020, arXiv:1911.05722) with v2's head: a query, a key by a slowly moving copy, and a queue.
+class SupCon(SimCLR):
+    """Supervised contrastive learning (Khosla et al. 2020, arXiv:2004.11362): images of a class belong together."""
 
-    The key encoder runs in training mode: its BatchNorm normalises by the batch, as the query's does.
-    """
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__(encoder, features, config)
+        self.loss = SupConLoss(config.temperature)
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = self.loss(torch.stack(embeddings, 1), labels)
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        z = l2_normalize(torch.cat(embeddings))
+        loss: Tensor = functions.supcon(z, labels.repeat(2), temperature=self.loss.temperature)
+        return loss
+
+
+class MoCo(Method):
+    """MoCo (He et al. 2020, arXiv:1911.05722) with v2's head: a query, a key by a slowly moving copy, and a queue."""
+
+    loss: MoCoLoss
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
@@ -54,25 +90,94 @@ class MoCo(nn.Module):
         self.loss = MoCoLoss(DIM, config.queue_size, config.temperature)
         self.momentum = config.momentum
 
-    @torch.no_grad()
     def begin_step(self) -> None:
         """Moves the key encoder, before the keys of a step as in MoCo's code."""
-        for slow, fast in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
-            for key, query in zip(slow.parameters(), fast.parameters(), strict=True):
-                key.lerp_(query, 1 - self.momentum)
+        _follow(self.key_encoder, self.encoder, self.momentum)
+        _follow(self.key_head, self.head, self.momentum)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views ``(B, C, H, W)`` to queries and keys ``(B, DIM)``."""
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        """Queries of the first view, and keys of the second."""
         with torch.no_grad():
             key = self.key_head(self.key_encoder(view1))
         return self.head(self.encoder(view0)), key
 
-    def formula(self, functions: ModuleType, query: Tensor, key: Tensor) -> Tensor:
-        """The loss by ``fastcl.functional`` or ``fastcl.reference``, without moving the queue."""
-        loss: Tensor = functions.info_nce(
-            l2_normalize(query), l2_normalize(key), self.loss.queue.features, temperature=self.loss.temperature
-        )
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        query, key = map(l2_normalize, embeddings)
+        loss: Tensor = functions.info_nce(query, key, self.loss.queue.features, temperature=self.loss.temperature)
         return loss
 
 
-METHODS: dict[str, type[SimCLR] | type[MoCo]] = {"simclr": SimCLR, "moco": MoCo}
+class BYOL(Method):
+    """BYOL (Grill et al. 2020, arXiv:2006.07733): a predictor looks for what a slow copy makes of the other view.
+
+    No negatives: what keeps embeddings apart are the predictor, the copy, and BatchNorm in the heads.
+    """
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = projection_head(features, DIM, norm=True)
+        self.predictor = projection_head(DIM, DIM, norm=True)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.loss = BYOLLoss()
+        self.momentum = config.momentum
+
+    def begin_step(self) -> None:
+        """Moves the target."""
+        _follow(self.target_encoder, self.encoder, self.momentum)
+        _follow(self.target_head, self.head, self.momentum)
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of both views, then their targets."""
+        views = torch.cat([view0, view1])
+        with torch.no_grad():
+            targets = self.target_head(self.target_encoder(views))
+        return (*self.predictor(self.head(self.encoder(views))).chunk(2), *targets.chunk(2))
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        p0, p1, z0, z1 = embeddings
+        loss: Tensor = self.loss(p0, z1) + self.loss(p1, z0)
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        p0, p1, z0, z1 = map(l2_normalize, embeddings)
+        loss: Tensor = functions.byol(p0, z1) + functions.byol(p1, z0)
+        return loss
+
+
+class SimSiam(Method):
+    """SimSiam (Chen & He 2021, arXiv:2011.10566): BYOL whose target is the network itself, without gradient."""
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = projection_head(features, DIM, norm=True)
+        self.predictor = projection_head(DIM, DIM, norm=True)
+        self.loss = NegativeCosineLoss()
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of both views, then their targets."""
+        z = self.head(self.encoder(torch.cat([view0, view1])))
+        return (*self.predictor(z).chunk(2), *z.detach().chunk(2))
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        p0, p1, z0, z1 = embeddings
+        loss: Tensor = (self.loss(p0, z1) + self.loss(p1, z0)) / 2
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        p0, p1, z0, z1 = map(l2_normalize, embeddings)
+        loss: Tensor = (functions.negative_cosine(p0, z1) + functions.negative_cosine(p1, z0)) / 2
+        return loss
+
+
+@torch.no_grad()
+def _follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    for of_slow, of_fast in zip(slow.parameters(), fast.parameters(), strict=True):
+        of_slow.lerp_(of_fast, 1 - momentum)
+
+
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
+}  # fmt: skip

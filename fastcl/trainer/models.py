@@ -33,9 +33,15 @@ def build_encoder(name: str | None, channels: int, size: int) -> tuple[nn.Module
     return encoder, features
 
 
-def projection_head(features: int, dim: int) -> nn.Module:
-    """One hidden layer (SimCLR, section 4.2; MoCo v2, arXiv:2003.04297): ``(B, F) -> (B, dim)``."""
-    return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
+def projection_head(features: int, dim: int, *, norm: bool = False) -> nn.Module:
+    """One hidden layer (SimCLR, section 4.2; MoCo v2, arXiv:2003.04297): ``(B, F) -> (B, dim)``.
+
+    Args:
+        norm: BatchNorm in it, and a hidden layer of at least twice ``dim`` (BYOL, section 3.3, on a smaller scale).
+    """
+    hidden = max(features, 2 * dim) if norm else features
+    between = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(features, hidden), *between, nn.ReLU(), nn.Linear(hidden, dim))
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ from fastcl import functional, reference
 from fastcl.trainer import TrainConfig
 from fastcl.trainer.data import load_data
 from fastcl.trainer.loop import _build, _step
-from fastcl.trainer.methods import MoCo, SimCLR
+from fastcl.trainer.methods import BYOL, METHODS, Method, MoCo, SimSiam
 
 CPU = torch.device("cpu")
+LABELS = torch.arange(16) % 5
 
 
-def build(**settings: object) -> SimCLR | MoCo:
+def build(**settings: object) -> Method:
     config = TrainConfig(batch_size=16, **settings).resolved()  # type: ignore[arg-type]
     return _build(config, load_data(config))
 
@@ -30,13 +31,13 @@ def optimizer(method: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
 
 
-@pytest.mark.parametrize("name", ["simclr", "moco"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_cut_at_the_embeddings_is_the_step_of_one_backward(name: str) -> None:
     cut, whole = build(method=name), build(method=name)
-    loss, seconds = _step(cut, optimizer(cut), views(), CPU)
+    loss, seconds = _step(cut, optimizer(cut), views(), LABELS, CPU)
     sgd = optimizer(whole)
     whole.begin_step()
-    expected = whole.loss(*whole(*views()))
+    expected = whole.objective(LABELS, *whole(*views()))
     expected.backward()
     sgd.step()
     assert loss == expected.item() and seconds > 0
@@ -46,16 +47,16 @@ def test_a_step_cut_at_the_embeddings_is_the_step_of_one_backward(name: str) -> 
     assert not torch.equal(cut.encoder[0].weight, start.encoder[0].weight)
 
 
-@pytest.mark.parametrize("name", ["simclr", "moco"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_in_chunks_is_the_step_of_their_embeddings(name: str) -> None:
     cut, whole = build(method=name), build(method=name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # BatchNorm sees chunks
-        loss, _ = _step(cut, optimizer(cut), views(), CPU, chunk=3)
+        loss, _ = _step(cut, optimizer(cut), views(), LABELS, CPU, chunk=3)
     sgd = optimizer(whole)
     whole.begin_step()
     parts = [whole(*part) for part in zip(*(view.split(3) for view in views()), strict=True)]
-    expected = whole.loss(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    expected = whole.objective(LABELS, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
     expected.backward()
     sgd.step()
     assert loss == expected.item()
@@ -64,16 +65,48 @@ def test_a_step_in_chunks_is_the_step_of_their_embeddings(name: str) -> None:
     assert not torch.equal(cut.encoder[0].weight, build(method=name).encoder[0].weight)
 
 
-@pytest.mark.parametrize("name", ["simclr", "moco"])
+@pytest.mark.parametrize("name", METHODS)
 def test_the_fused_loss_is_the_dense_one(name: str) -> None:
     method = build(method=name, queue_size=50)
     with torch.no_grad():
         embeddings = method(*views())
-        dense = method.formula(reference, *(e.double() for e in embeddings)) if name == "simclr" else None
-        dense = method.formula(reference, *embeddings) if dense is None else dense
-        fused = method.formula(functional, *embeddings)
-        assert method.loss(*embeddings).item() == pytest.approx(fused.item(), rel=1e-6)
+        # the reference multiplies a queue of fp32 keys as it is
+        wide = [e if name == "moco" else e.double() for e in embeddings]
+        dense = method.formula(reference, LABELS, *wide)
+        fused = method.formula(functional, LABELS, *embeddings)
+        assert method.objective(LABELS, *embeddings).item() == pytest.approx(fused.item(), rel=1e-6)
     assert fused.item() == pytest.approx(dense.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["byol", "simsiam"])
+def test_targets_receive_no_gradient(name: str) -> None:
+    method = build(method=name)
+    embeddings = method(*views())
+    assert [e.requires_grad for e in embeddings] == [True, True, False, False]
+    method.objective(LABELS, *embeddings).backward()
+    trained = {n for n, p in method.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(n.startswith("predictor") for n in trained) and any(n.startswith("encoder") for n in trained)
+    assert not any(n.startswith("target") for n in trained)
+
+
+def test_the_target_of_byol_follows() -> None:
+    byol = build(method="byol", momentum=0.75)
+    assert isinstance(byol, BYOL)
+    with torch.no_grad():
+        for fast in (*byol.encoder.parameters(), *byol.head.parameters()):
+            fast.add_(1)
+    start = [p.clone() for p in (*byol.target_encoder.parameters(), *byol.target_head.parameters())]
+    byol.begin_step()
+    for slow, before in zip((*byol.target_encoder.parameters(), *byol.target_head.parameters()), start, strict=True):
+        torch.testing.assert_close(slow, before + 0.25)
+
+
+def test_the_target_of_simsiam_is_the_other_view() -> None:
+    method = build(method="simsiam")
+    assert isinstance(method, SimSiam)
+    p0, p1, z0, z1 = (torch.nn.functional.normalize(e.double(), dim=1) for e in method(*views()))
+    want = -((p0 * z1).sum(1).mean() + (p1 * z0).sum(1).mean()) / 2
+    assert method.objective(LABELS, p0, p1, z0, z1).item() == pytest.approx(want.item(), rel=1e-12)
 
 
 def test_moco_keys_are_an_exponential_moving_average_without_gradient() -> None:
@@ -85,7 +118,7 @@ def test_moco_keys_are_an_exponential_moving_average_without_gradient() -> None:
         with torch.no_grad():
             for slow, fast in zip(expected, [*moco.encoder.parameters(), *moco.head.parameters()], strict=True):
                 slow.copy_(0.9 * slow + 0.1 * fast)
-        _step(moco, sgd, views(), CPU)
+        _step(moco, sgd, views(), LABELS, CPU)
     keys = [*moco.key_encoder.parameters(), *moco.key_head.parameters()]
     for slow, key, query in zip(expected, keys, [*moco.encoder.parameters(), *moco.head.parameters()], strict=True):
         torch.testing.assert_close(key, slow)
@@ -98,7 +131,7 @@ def test_moco_queues_the_keys_of_each_step() -> None:
     moco = build(method="moco", queue_size=50)
     assert isinstance(moco, MoCo)
     before = moco.loss.queue.features.clone()
-    _step(moco, optimizer(moco), views(), CPU)
+    _step(moco, optimizer(moco), views(), LABELS, CPU)
     with torch.no_grad():
         keys = moco.key_head(moco.key_encoder(views()[1]))
     torch.testing.assert_close(moco.loss.queue.features[:16], torch.nn.functional.normalize(keys))

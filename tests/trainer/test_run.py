@@ -128,7 +128,7 @@ def test_views_are_a_function_of_seed_and_step() -> None:
     data = dataclasses.replace(digits, train=one)
 
     def view(seed: int, step: int) -> torch.Tensor:
-        return loop._views(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0]
+        return loop._batch(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0][0]
 
     assert torch.equal(view(0, 1), view(0, 1))
     for other in (view(0, 2), view(0, 3), view(1, 1)):  # steps 1 and 2 are one epoch, 3 is the next
@@ -206,7 +206,7 @@ def test_a_missing_extra_is_named_before_training(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"method": "byol"}, "one of simclr, moco"),
+        ({"method": "dino"}, "one of simclr, moco"),
         ({"data": "mnist"}, "one of digits"),
         ({"encoder": "vgg"}, "one of conv"),
         ({"control": "none"}, "one of shuffled-pairs"),
