@@ -5,10 +5,6 @@ The processes are ``tests/ranks.py``, on gloo; here stands what one process find
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from fastcl.testing import CASES, LossCase
 
 from . import ranks as worker
 from .oracle import error
+from .processes import together
 from .ranks import BATCHES, MODULES, REDUCED, REDUCTIONS, RINGS, Model, batch, inputs, part, rows_of, run, state, steps
 
 LIMIT = 240  # seconds for all processes of a group; they take about 15
@@ -59,22 +56,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 
 
 def _started(world: int, folder: Path) -> list[dict[str, Any]]:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(rank), str(world), str(folder)],
-            cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    end = time.monotonic() + LIMIT
-    try:
-        output = [process.communicate(timeout=max(end - time.monotonic(), 1))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, output, strict=True):
-        assert process.returncode == (9 if world == 3 and process is processes[-1] else 0), text  # one is to die
+    arguments = [["-m", "tests.ranks", str(rank), str(world), str(folder)] for rank in range(world)]
+    for rank, (code, text) in enumerate(together(arguments, LIMIT)):
+        assert code == (9 if world == 3 and rank == world - 1 else 0), text  # one is to die
     return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
 
 

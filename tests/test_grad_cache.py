@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +16,7 @@ from fastcl import _settings, cached_loss, grad_cache, token_chunks
 from fastcl._measure import peak_bytes
 
 from .oracle import error
+from .processes import together
 
 N, WIDTH, OUT = 10, 4, 3
 
@@ -370,21 +366,9 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("cached")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANKS, str(rank), str(folder)], cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    end = time.monotonic() + 120
-    try:
-        output = [process.communicate(timeout=max(end - time.monotonic(), 1))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, output, strict=True):
-        assert process.returncode == 0, text
+    arguments = [["-c", _RANKS, str(rank), str(folder)] for rank in range(2)]
+    for code, text in together(arguments, 120):
+        assert code == 0, text
     yield [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import error
+from tests.processes import together
 
 from .two_ranks import LOSSES, RANKS, Model, inputs, run
 
@@ -25,23 +21,9 @@ Found = list[dict[str, dict[str, Tensor]]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What every rank found; the processes are ended by their handles in any case."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.two_ranks", str(rank), str(folder)],
-            cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    end = time.monotonic() + LIMIT
-    try:
-        output = [process.communicate(timeout=max(end - time.monotonic(), 1))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, output, strict=True):
-        assert process.returncode == 0, text
+    arguments = [["-m", "tests.integrations.two_ranks", str(rank), str(folder)] for rank in range(RANKS)]
+    for code, text in together(arguments, LIMIT):
+        assert code == 0, text
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
