@@ -102,7 +102,9 @@ class _Fused(DropIn):
 
     def compute_loss(self, embeddings: Tensor, labels: Any, indices: Indices, ref_emb: Tensor, ref_labels: Any) -> Any:
         if self._can(labels, ref_labels) and len(embeddings) * len(ref_emb) > 2:
-            known = self._known(indices, labels, ref_labels) if indices is not None and self.takes_indices else None
+            # the library's number for a list is bit for bit the same with labels and without
+            listed = indices if self.takes_indices and not self.strict else None
+            known = None if listed is None else self._known(listed, labels, ref_labels)
             if indices is None or known is not None:
                 q = self._rows(embeddings)
                 k = None if ref_emb is embeddings else self._rows(ref_emb)
