@@ -198,6 +198,8 @@ class NTXentLoss(_Fused, DropIn, _losses.NTXentLoss):
             _, start, end = class_runs(batch.labels, batch.columns)
             return {"loss": _reduced(total.sum(), (end - start - batch.same).sum())}
         rows, columns = batch.list_positives()
+        if not len(rows):  # a mean of nothing would be NaN; the library has a 0 for it
+            return None
         losses = -logsigmoid(batch.dot(rows, columns) * scale - negatives[rows])
         if self.strict:
             losses = -(torch.exp(-losses) + torch.finfo(batch.q.dtype).tiny).log()

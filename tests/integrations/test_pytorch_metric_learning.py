@@ -14,6 +14,7 @@ from benchmarks.dropins import Draw, backward
 upstream = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
 
 from benchmarks.dropins import pytorch_metric_learning as cases  # noqa: E402
+from benchmarks.dropins.pytorch_metric_learning import part  # noqa: E402
 from benchmarks.family import nothing_kept  # noqa: E402
 from fastcl._measure import peak_bytes  # noqa: E402
 from fastcl.integrations import pytorch_metric_learning as ours  # noqa: E402
@@ -92,6 +93,15 @@ def test_batches_without_positives_or_negatives(name: str, labels: list[int]) ->
     both = [backward(lambda z, loss=loss: loss(z, torch.tensor(labels)), [z]) for loss in cases.pair(name)]
     (mine, grads), (theirs, exact) = both
     assert torch.allclose(mine, theirs, atol=1e-6) and torch.allclose(grads[0], exact[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"reducer": part("reducers", "MeanReducer")}, {}])
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [5, 5, 5, 5]])
+def test_no_pair_is_no_loss_in_any_mode(options: dict[str, Any], labels: list[int]) -> None:
+    z = Draw(4, 3).rows()
+    (loss, (grad,)) = backward(lambda z: ours.NTXentLoss(**options)(z, torch.tensor(labels)), [z])
+    assert loss == 0
+    assert not grad.any()
 
 
 def test_float_labels_and_statistics_are_the_originals() -> None:
