@@ -98,13 +98,12 @@ def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
 def logits(pairs: Pairs) -> Tensor:
     """All logits, as one matrix, -inf where a pair is forgotten: for those who want to look. Differentiable."""
     x, y = _operands(pairs, _compute_dtype(pairs.x))
-    return _logits(x * pairs.scale, y, pairs)
+    return _logits(x, y, pairs)
 
 
 def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield ``(rows, cols, s)``: a tile of logits, which the caller may overwrite."""
     x, y = _operands(pairs, _compute_dtype(pairs.x))
-    x = x * pairs.scale
     side = _tile_side(x)
     for i in range(0, len(x), side):
         rows = slice(i, min(i + side, len(x)))
@@ -114,12 +113,12 @@ def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 def _logits(x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
-    """Of rows that are scaled already. A forgotten pair's logit is -inf.
+    """A forgotten pair's logit is -inf.
 
     -inf is what makes one rule serve everything: e^-inf = softplus(-inf) = sigmoid(-inf) = 0.
     """
     with torch.autocast(x.device.type, enabled=False):
-        s = x @ y.T
+        s = (x @ y.T) * pairs.scale  # one rounding, where scaled rows would have one for each feature
         if pairs.row_bias is not None:
             s += pairs.row_bias[:, None]
         if pairs.col_bias is not None:
