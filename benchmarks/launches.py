@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--shapes", type=int, default=9, help="how many of those of benchmarks.gpu")
+    parser.add_argument("--backends", default=",".join(KERNELS))
     args = parser.parse_args()
     for dtype in args.dtypes.split(","):
         for loss, n, columns, d in SHAPES[: args.shapes]:
             task = problem(loss, n, d, columns=columns, device=DEVICE, dtype=getattr(torch, dtype))
-            for backend in KERNELS:
+            for backend in args.backends.split(","):
                 step = partial(_step, task, backend)
                 head = f"{loss} {n:,} x {d} {dtype} {backend}"
                 try:

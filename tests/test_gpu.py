@@ -63,7 +63,7 @@ def step(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.guided], ids=lambda c: c.label)
-@pytest.mark.parametrize("dtype", TOLERANCE.keys() - {torch.float64}, ids=str)
+@pytest.mark.parametrize("dtype", [t for t in TOLERANCE if t != torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(301, 37), (512, 128), (260, 520)], ids=str)
 def test_every_loss_against_fp64(case: LossCase, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     args, kwargs = case.inputs(*shape, dtype=dtype, device=DEVICE)
