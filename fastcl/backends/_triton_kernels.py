@@ -695,11 +695,11 @@ def _weights_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "blocks"])
 def _product_kernel(
-    weights, pitch, y, out, balance, blocks, M, N,
+    weights, pitch, y, out, blocks, M, N,
     D: tl.constexpr, TRANSPOSED: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out (M, D), or out plus: w y / gain for a strip w (M, N), or its transpose where w is (N, M)."""
+    """out (M, D), or out plus: w y for a strip w (M, N), or its transpose where w is (N, M)."""
     row = tl.program_id(0) % blocks * BLOCK_M
     part = tl.program_id(0) // blocks
     rows, d = row + tl.arange(0, BLOCK_M), part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -713,7 +713,6 @@ def _product_kernel(
             at = weights + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
             w = tl.load(at, mask=(rows < M)[:, None] & (cols < N)[None, :], other=0.0)
         acc = _dot(w, _rows(y, col, part * BLOCK_D, N, D, BLOCK_K, BLOCK_D, TMA), acc, PRECISION)
-    acc /= tl.load(balance + 2)
     at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
     inside = (rows < M)[:, None] & (d < D)[None, :]
     if ADD:

@@ -371,11 +371,15 @@ def _strips(
         for total, part in zip((row_sum, row_total), sums, strict=True):
             if part is not None:
                 total[rows] = _sum(part)
+        written = weights[: len(strip.x), : len(strip.y)]
         if dx is not None:
-            _product(weights, strip.y, dx[rows], balance, False, mirrored and first > 0)
+            _product(written, strip.y, dx[rows], mirrored and first > 0)
         if dy is not None:
             after = slice(height, None) if mirrored else slice(None)
-            _product(weights[:, after], strip.x, dy[cols][after], balance, True, first > 0)
+            _product(written[:, after].T, strip.x, dy[cols][after], first > 0)
+    if _is_half(pairs.x):
+        for gradient in {dx, dy} - {None}:
+            gradient /= balance[2]  # the gain of fp16 weights
     col_sum = _new(pairs.x, 0)
     if want.col_sum:  # a strip has sums of rows only
         col_sum = _row_owned(link, pairs, sides, _Want(False, False, col_sum=True), ranges, positives, False).col_sum
@@ -413,19 +417,34 @@ def _strip_weights(
     return row_sum, row_total
 
 
-def _product(weights: Tensor, y: Tensor, out: Tensor, balance: Tensor, transposed: bool, add: bool) -> None:
-    """out = w y / gain, or w^T y, or what they add to it."""
+def _product(weights: Tensor, y: Tensor, out: Tensor, add: bool) -> None:
+    """out = w y, or what that adds to it; weights may be a transposed strip."""
     (m, d), n = out.shape, len(y)
     if m == 0:
         return
+    if _by_library(y):
+        with torch.autocast(y.device.type, enabled=False):
+            if y.dtype == torch.float32:
+                torch.addmm(out, weights, y, beta=float(add), out=out)
+            else:
+                torch.addmm(out, weights, y, beta=float(add), out_dtype=torch.float32, out=out)
+        return
+    transposed = weights.stride(1) != 1
     cut = _config("product", y)
     blocks = triton.cdiv(m, cut.block_m)
     _launch(
         kernels._product_kernel, (blocks * triton.cdiv(d, cut.block_d),), cut, y,
-        weights, weights.stride(0), *_sources((y, cut.block_k, cut.block_d)), out, balance, blocks, m, n,
+        weights, max(weights.stride()), *_sources((y, cut.block_k, cut.block_d)), out, blocks, m, n,
         D=d, TRANSPOSED=transposed, ADD=add, BLOCK_M=cut.block_m, BLOCK_K=cut.block_k, BLOCK_D=cut.block_d,
         PRECISION=_precision(y), TMA=_by_descriptor(y),
     )  # fmt: skip
+
+
+def _by_library(y: Tensor) -> bool:
+    """Whether torch multiplies a strip of weights: with fp32 results of 16-bit numbers since torch 2.8."""
+    if INTERPRETED or _precision(y) not in ("tf32", "ieee"):
+        return False
+    return y.dtype == torch.float32 or "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
