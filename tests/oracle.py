@@ -87,7 +87,9 @@ def check_case(
     assert_close(got, want, loss_tolerance, floor=loss_floor, what="loss")
     for i, (g, w, leaf) in enumerate(zip(got_grads, want_grads, leaves(args, kwargs), strict=True)):
         assert g.dtype == leaf.dtype
-        assert_close(g, w, grad_tolerance, floor=floor, what=f"gradient {i}")
+        # fp16 has nothing between multiples of 2^-24, which a gradient of 1e-5 is not far above
+        rounding = 2.0**-25 * g.numel() ** 0.5 if g.dtype == torch.float16 else 0.0
+        assert_close(g, w, grad_tolerance, floor=max(floor, rounding), what=f"gradient {i}")
 
 
 def exact(case: LossCase, args: list[Any], kwargs: dict[str, Any], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -91,9 +91,10 @@ class Pairs(NamedTuple):
 
 def unit_pairs(z: Tensor, keys: Tensor, scale: Tensor, one_set: bool) -> Pairs:
     """Every row against the rows of other pairs; of two sets, the first half against the second."""
-    half = len(z) // 2
-    x, y = (z, z) if one_set else (z[:half], z[half:])
-    return Pairs(x, y, scale, drop_x=keys[: len(x)], drop_y=keys[: len(y)], symmetric=one_set)
+    if one_set:
+        return Pairs(z, z, scale, drop_x=keys, drop_y=keys, symmetric=True)
+    half = z.shape[0] // 2
+    return Pairs(z[:half], z[half:], scale, drop_x=keys[:half], drop_y=keys[:half])
 
 
 class Sides(NamedTuple):

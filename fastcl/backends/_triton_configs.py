@@ -95,21 +95,26 @@ _MMA_SYNC_32 = _table({
     "topk": [(ANY, 32, 64, 32, 0, 8, 2)],
     "finish": [(ANY, 64, 64, 32, 0, 8, 2)],
 })  # fmt: skip
-_WGMMA_16 = _table({
+_WGMMA_16 = _table({  # measured on an H200: blocks of one warpgroup, several per processor, beat blocks of two
     "sums": [
-        (64, 64, 128, 64, 0, 4, 3), (128, 64, 128, 128, 0, 4, 3), (256, 64, 128, 256, 0, 4, 1),
-        (ANY, 128, 128, 64, 0, 8, 4),
+        (64, 128, 64, 64, 0, 4, 3), (128, 128, 64, 128, 0, 4, 3), (256, 64, 128, 256, 0, 4, 1),
+        (ANY, 128, 128, 64, 0, 4, 3),
     ],
     "sums, crowded": [
         (64, 64, 128, 64, 0, 4, 3), (128, 64, 128, 128, 0, 4, 3), (256, 64, 64, 256, 0, 4, 1),
         (ANY, 128, 128, 64, 0, 8, 4),
     ],
     "grad": [
+        (64, 128, 128, 64, 64, 4, 3), (128, 64, 128, 128, 128, 4, 3), (256, 64, 64, 256, 256, 4, 2),
+        (ANY, 64, 64, 64, 256, 8, 2),
+    ],
+    "grad, crowded": [
         (64, 128, 64, 64, 64, 8, 3), (128, 128, 64, 128, 128, 8, 3), (256, 64, 64, 256, 256, 8, 2),
         (ANY, 64, 64, 64, 256, 8, 2),
     ],
-    "one_pass": [(64, 128, 64, 64, 64, 8, 3), (128, 128, 64, 128, 128, 8, 3), (256, 64, 64, 256, 256, 8, 2)],
-    "weights": [(ANY, 128, 128, 64, 0, 8, 4)],
+    "one_pass": [(64, 64, 64, 64, 64, 4, 3), (128, 64, 64, 128, 128, 4, 3), (256, 64, 64, 256, 256, 4, 2)],
+    "weights": [(ANY, 128, 128, 64, 0, 4, 3)],
+    "weights, crowded": [(ANY, 128, 128, 64, 0, 8, 4)],
     "product": [(ANY, 128, 0, 64, 128, 8, 4)],
     "argmax": [(ANY, 64, 64, 64, 0, 4, 2)],
     "topk": [(ANY, 64, 64, 64, 0, 8, 2)],
@@ -142,7 +147,9 @@ _TCGEN05_16 = {
             (64, 128, 64, 64, 64, 8, 2), (128, 128, 64, 128, 128, 8, 2), (256, 64, 64, 256, 256, 8, 2),
             (ANY, 64, 64, 64, 256, 8, 2),
         ],
+        "one_pass": [(64, 128, 64, 64, 64, 8, 3), (128, 128, 64, 128, 128, 8, 3), (256, 64, 64, 256, 256, 8, 2)],
         "weights": [(ANY, 128, 64, 64, 0, 8, 4)],
+        "weights, crowded": [(ANY, 128, 64, 64, 0, 8, 4)],
     }),
 }  # fmt: skip
 _INTERPRETER = _table({
@@ -170,6 +177,7 @@ _TABLE = {
 }
 
 
+@lru_cache(maxsize=None)
 def family(capability: tuple[int, int], element_size: int, precision: str) -> str:
     """How tiles are multiplied on a device, and how wide their numbers are: the first key of the table."""
     if precision in ("ieee", "upcast"):
@@ -191,8 +199,11 @@ def config(
     table = _TABLE[family]
     if crowded and f"{kind}, crowded" in table:
         kind = f"{kind}, crowded"
-    candidates = [*tuned(gpu).get(family, {}).get(kind, ()), *table[kind]]
-    return next((row for row in candidates if d <= row.depth and row not in refused), None)
+    for rows in (tuned(gpu).get(family, {}).get(kind, ()), table[kind]):
+        for row in rows:
+            if d <= row.depth and row not in refused:
+                return row
+    return None
 
 
 _trial: dict[str, Config] = {}

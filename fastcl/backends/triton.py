@@ -39,6 +39,8 @@ _UNITS = _SPANS * (_SPANS + 1) // 2
 _WIDEST = 8192  # features of a row that a program holds at once
 _SLOTS = 128  # neighbours that a program keeps of each row; of 256, their ranks alone take half of the registers
 _LOWEST = -(1 << 63) + _SLOTS  # of the ranks of neighbours; below it is none
+_LEAST_WORKSPACE = 256 * 2**20  # bytes that a strip may take: a product of more rows is faster
+_MOST_SPLITS = 4  # of gradients that have a program for every processor anyway: each is an fp32 copy of them
 _STRIPS_FROM = 2049  # rows; below, one launch is worth more than fewer operations
 # Left alone, the assembler aims at more blocks per processor, and pays with registers that spill.
 _OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
@@ -115,20 +117,20 @@ def _reduce(
     """Writes the results of rows and (unless empty) columns; from the logits of positives, the losses of both."""
     x, y, scale, optional, symmetric = *pairs[:3], pairs.vectors, pairs.symmetric
     row, col = out
-    (m, d), n, both = x.shape, len(y), len(col) > 0
+    (m, d), n, both = x.shape, y.shape[0], col.shape[0] > 0
     cut = _config("sums", x, pairs)
     if symmetric:
         side = max(cut.block_m, cut.block_n)
-        spans = min(triton.cdiv(n, side), _SPANS)
-        row_span = col_span = triton.cdiv(triton.cdiv(n, spans), side) * side
-        row_spans = col_spans = triton.cdiv(n, row_span)
+        spans = min(_blocks(n, side), _SPANS)
+        row_span = col_span = _blocks(_blocks(n, spans), side) * side
+        row_spans = col_spans = _blocks(n, row_span)
         units = row_spans * (row_spans + 1) // 2
         row_parts = col_parts = _new(x, row_spans + 1, n)
     else:
         row_span = _span(m, cut.block_m, 24)
-        row_spans = triton.cdiv(m, row_span)
-        col_span = _span(n, cut.block_n, triton.cdiv(_UNITS, row_spans))
-        col_spans = triton.cdiv(n, col_span)
+        row_spans = _blocks(m, row_span)
+        col_span = _span(n, cut.block_n, _blocks(_UNITS, row_spans))
+        col_spans = _blocks(n, col_span)
         units = row_spans * col_spans
         row_parts, col_parts = _new(x, col_spans, m), _new(x, row_spans, n if both else 0)
     with_cols = symmetric or both
@@ -143,7 +145,7 @@ def _reduce(
         PRECISION=_precision(x), TMA=_by_descriptor(x, y), PARTS=_PARTS, RANGE=_range_of(x),
     )  # fmt: skip
     cut = _config("finish", x)
-    row_blocks, col_blocks = triton.cdiv(m, cut.block_m), triton.cdiv(n, cut.block_m) if both else 0
+    row_blocks, col_blocks = _blocks(m, cut.block_m), _blocks(n, cut.block_m) if both else 0
     _launch(
         kernels._finish_kernel, (row_blocks + col_blocks,), cut, x,
         x, y, scale, *optional, found[0], row_parts, col_parts if both else None, len(row_parts),
@@ -156,8 +158,8 @@ def _reduce(
 
 def _span(count: int, block: int, most: int) -> int:
     """Rows of one of at most ``most`` equal spans, in whole blocks."""
-    blocks = triton.cdiv(count, block)
-    return triton.cdiv(blocks, min(blocks, most)) * block
+    blocks = _blocks(count, block)
+    return _blocks(blocks, min(blocks, most)) * block
 
 
 def _bound(link: str, pairs: Pairs, ranges_only: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -167,8 +169,8 @@ def _bound(link: str, pairs: Pairs, ranges_only: bool = False) -> tuple[Tensor |
     bounds = None if ranges_only or link != "exp" else _new(x, 4, _PARTS)
     row_ranges = col_ranges = None
     if drop_x is not None and drop_y is not None:
-        row_ranges = drop_x.new_empty(triton.cdiv(m, size), 2)
-        col_ranges = row_ranges if pairs.symmetric else drop_y.new_empty(triton.cdiv(n, size), 2)
+        row_ranges = drop_x.new_empty(_blocks(m, size), 2)
+        col_ranges = row_ranges if pairs.symmetric else drop_y.new_empty(_blocks(n, size), 2)
     if (bounds is None and row_ranges is None) or m == 0 or n == 0:
         return bounds, row_ranges, col_ranges
     _launch(
@@ -213,7 +215,7 @@ def _one_pass(pairs: Pairs, cut: Config, want_sums: bool) -> tuple[Tensor, Tenso
     x, y, scale, optional = *pairs[:3], pairs.vectors
     (m, d), n = x.shape, len(y)
     _, row_ranges, col_ranges = _bound("exp", pairs, ranges_only=True)
-    blocks = triton.cdiv(m, cut.block_m)
+    blocks = _blocks(m, cut.block_m)
     splits = _splits(x, blocks, n, cut.block_n)
     parts, peaks, totals = _new(x, splits, m, d), _new(x, splits, m), _new(x, splits, m)
     _launch(
@@ -226,7 +228,7 @@ def _one_pass(pairs: Pairs, cut: Config, want_sums: bool) -> tuple[Tensor, Tenso
     row, dx = _new(x, m), _new(x, m, d)
     width, block = _row_block(d)
     _launch(
-        kernels._merge_kernel, (triton.cdiv(m, block),), None, x,
+        kernels._merge_kernel, (_blocks(m, block),), None, x,
         parts, peaks, totals, dx, row, splits, m, D=d, BLOCK=block, WIDTH=width,
     )  # fmt: skip
     row_sum = (row != -torch.inf).to(row.dtype) if want_sums else _new(x, 0)  # softmax weights sum to 1
@@ -263,7 +265,7 @@ def _grad(
 ) -> _Grads:
     """Gradients of rows and columns; with no upstream gradients at all, those of the sum over all rows."""
     x, y = pairs.x, pairs.y
-    if len(x) == 0 or len(y) == 0:
+    if x.shape[0] == 0 or y.shape[0] == 0:
         shapes = x.shape if want.dx else (0,), y.shape if want.dy else (0,)
         lengths = (len(x) * want.row_sum, len(y) * want.col_sum, len(x) * want.row_total)
         return _Grads(*(_new(x, *shape).zero_() for shape in (*shapes, *((n,) for n in lengths))))
@@ -283,14 +285,14 @@ def _row_owned(
     parts: bool,
 ) -> _Grads:
     x, y, scale, optional = *pairs[:3], pairs.vectors
-    (m, d), n = x.shape, len(y)
+    (m, d), n = x.shape, y.shape[0]
     cut = _config("grad", x, pairs)
-    slices = triton.cdiv(d, cut.block_d)
+    slices = _blocks(d, cut.block_d)
     row_slices, col_slices = slices if want.dx else 1, slices if want.dy else 1
     of_rows = want.dx or want.row_sum or want.row_total
     of_cols = want.dy or want.col_sum
-    row_blocks = triton.cdiv(m, cut.block_m) if of_rows else 0
-    col_blocks = triton.cdiv(n, cut.block_m) if of_cols else 0
+    row_blocks = _blocks(m, cut.block_m) if of_rows else 0
+    col_blocks = _blocks(n, cut.block_m) if of_cols else 0
     programs = row_blocks * row_slices + col_blocks * col_slices
     row_splits, col_splits = _splits(x, programs, n, cut.block_n), _splits(x, programs, m, cut.block_n)
     dx = _new(x, row_splits, m, d) if want.dx else None
@@ -300,11 +302,16 @@ def _row_owned(
     col_sum = _new(x, col_splits, n) if want.col_sum else None
     row_programs = row_blocks * row_slices * row_splits
     col_programs = col_blocks * col_slices * col_splits
-    # either set gives rows of a tile, columns of it, and what weights are multiplied with
-    tiles = ((cut.block_m, cut.block_k), (cut.block_n, cut.block_k), (cut.block_n, cut.block_d))
+    # either set gives rows of a tile, columns of it, and what weights are multiplied with; as few descriptors as do
+    owned, passed, outs = ((cut.block_m, cut.block_k), (cut.block_n, cut.block_k), (cut.block_n, cut.block_d))
+    apart = min(cut.block_k, cut.block_d) < d  # else one tile serves both products
+    sources = _sources(
+        (x, *owned), (x, *passed) if of_cols else None, (x, *outs) if of_cols and apart else None,
+        (y, *owned) if of_cols else None, (y, *passed), (y, *outs) if apart else None,
+    )  # fmt: skip
     _launch(
         kernels._grad_kernel, (row_programs + col_programs,), cut, x,
-        *_sources(*((t, *tile) for t in (x, y) for tile in tiles)), scale, *optional,
+        *sources, scale, *optional,
         sides.row_lse, sides.row_grad, positives[0], sides.col_lse, sides.col_grad, positives[1], *ranges,
         dx, row_sum, row_total, dy, col_sum, row_blocks, row_splits, row_programs, col_blocks, col_splits, m, n,
         D=d, LINK=link, STRIDE=_stride(sides), BOTH=of_cols, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
@@ -319,16 +326,16 @@ def _row_owned(
 
 def _sum(parts: Tensor) -> Tensor:
     """In the order of the parts."""
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _in_strips(x: Tensor, y: Tensor, want: _Want) -> bool:
     """Whether a program cannot own whole rows, the batch is large, and either product has work for the whole device."""
-    if max(len(x), len(y)) < _STRIPS_FROM or x.shape[1] <= _config("grad", x).block_d:
+    if max(x.shape[0], y.shape[0]) < _STRIPS_FROM or x.shape[1] <= _config("grad", x).block_d:
         return False
     cut = _config("product", x)
     outputs = [len(t) for t, wanted in ((x, want.dx), (y, want.dy)) if wanted]
-    programs = [triton.cdiv(n, cut.block_m) * triton.cdiv(x.shape[1], cut.block_d) for n in outputs]
+    programs = [_blocks(n, cut.block_m) * _blocks(x.shape[1], cut.block_d) for n in outputs]
     return min(programs, default=0) >= limits(x.device).processors // 2
 
 
@@ -344,14 +351,15 @@ def _strips(
     """A strip of weights at a time: dx of its rows, and what it gives to all of dy (one set: to the rows below)."""
     (m, d), n = pairs.x.shape, len(pairs.y)
     mirrored = pairs.symmetric and not (want.row_sum or want.row_total)
-    cut = _config("weights", pairs.x)
+    cut = _config("weights", pairs.x, pairs)
     side = max(cut.block_m, cut.block_n)
-    pitch = triton.cdiv(n, side) * side
+    pitch = _blocks(n, side) * side
     budget = _settings.workspace_bytes
     if budget is None:
-        budget = max(64 * 2**20, 4 * (m + n) * d)
-    height = max(1, min(budget // (pitch * pairs.x.element_size() * side), triton.cdiv(m, side))) * side
-    weights = pairs.x.new_empty(min(height, triton.cdiv(m, side) * side), pitch)
+        budget = max(_LEAST_WORKSPACE, 4 * (m + n) * d)
+    # at least four strips: of the lower triangle of one set, a strip computes what lies in its own square
+    height = max(1, min(budget // (pitch * pairs.x.element_size() * side), _blocks(m, 4 * side))) * side
+    weights = pairs.x.new_empty(min(height, _blocks(m, side) * side), pitch)
     balance = _new(pairs.x, 3)
     _launch(
         kernels._balance_kernel, (1,), None, pairs.x, *sides, balance, m, n,
@@ -400,10 +408,10 @@ def _strip_weights(
     """Writes the weights of a strip; parts of the sums of its rows."""
     x, y, scale, optional = *strip[:3], strip.vectors
     (m, d), n = x.shape, len(y)
-    cut = _config("weights", x)
-    blocks, tiles = triton.cdiv(m, cut.block_m), triton.cdiv(n, cut.block_n)
-    tiles_each = triton.cdiv(tiles, max(1, _UNITS // blocks))
-    chunks = triton.cdiv(tiles, tiles_each)
+    cut = _config("weights", x, strip)
+    blocks, tiles = _blocks(m, cut.block_m), _blocks(n, cut.block_n)
+    tiles_each = _blocks(tiles, max(1, _UNITS // blocks))
+    chunks = _blocks(tiles, tiles_each)
     row_sum = _new(x, chunks, m) if want.row_sum else None
     row_total = _new(x, chunks, m) if want.row_total else None
     _launch(
@@ -431,9 +439,9 @@ def _product(weights: Tensor, y: Tensor, out: Tensor, add: bool) -> None:
         return
     transposed = weights.stride(1) != 1
     cut = _config("product", y)
-    blocks = triton.cdiv(m, cut.block_m)
+    blocks = _blocks(m, cut.block_m)
     _launch(
-        kernels._product_kernel, (blocks * triton.cdiv(d, cut.block_d),), cut, y,
+        kernels._product_kernel, (blocks * _blocks(d, cut.block_d),), cut, y,
         weights, max(weights.stride()), *_sources((y, cut.block_k, cut.block_d)), out, blocks, m, n,
         D=d, TRANSPOSED=transposed, ADD=add, BLOCK_M=cut.block_m, BLOCK_K=cut.block_k, BLOCK_D=cut.block_d,
         PRECISION=_precision(y), TMA=_by_descriptor(y),
@@ -467,7 +475,7 @@ def _topk(pairs: Pairs, count: int, below: Tensor | None) -> Tensor:
     if n == 0:
         return torch.full((m, count), _LOWEST - 1, device=x.device)
     cut = _config("argmax" if count == 1 else "topk", x)
-    blocks = triton.cdiv(m, cut.block_m)
+    blocks = _blocks(m, cut.block_m)
     splits = _splits(x, blocks, n, cut.block_n)
     parts = torch.empty(splits, m, count, dtype=torch.long, device=x.device)
     _launch(
@@ -483,7 +491,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), (width, block) = x.shape, _row_block(x.shape[1])
     unit, length = torch.empty_like(x, memory_format=torch.contiguous_format), _new(x, m)
     _launch(
-        kernels._normalize_kernel, (triton.cdiv(m, block),), None, x,
+        kernels._normalize_kernel, (_blocks(m, block),), None, x,
         x.contiguous(), unit, length, m, D=d, BLOCK=block, WIDTH=width,
     )  # fmt: skip
     return unit, length
@@ -493,7 +501,7 @@ def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     (m, d), (width, block) = x.shape, _row_block(x.shape[1])
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(
-        kernels._normalize_grad_kernel, (triton.cdiv(m, block),), None, x,
+        kernels._normalize_grad_kernel, (_blocks(m, block),), None, x,
         x.contiguous(), length, grad.contiguous(), dx, m, D=d, BLOCK=block, WIDTH=width,
     )  # fmt: skip
     return dx
@@ -511,9 +519,9 @@ def contrastive(
     bounds = None if normalize else _new(x, 4, _PARTS)
     keys = torch.empty(2 * b, dtype=torch.int32, device=x.device)
     size = _range_of(z)
-    ranges = keys.new_empty(triton.cdiv(2 * b, 16), 2)  # room for the shortest
+    ranges = keys.new_empty(_blocks(2 * b, 16), 2)  # room for the shortest
     _launch(
-        kernels._prepare_kernel, (triton.cdiv(b, block) if normalize else _PARTS,), None, x,
+        kernels._prepare_kernel, (_blocks(b, block) if normalize else _PARTS,), None, x,
         first, second, z, length if normalize else None, bounds, positive, keys, ranges, scale, b,
         D=d, BLOCK=block, WIDTH=width, RANGE=size, PARTS=_PARTS,
     )  # fmt: skip
@@ -538,7 +546,7 @@ def contrastive_grad(
     z, length, positive, lse, keys, ranges = saved
     first, second = _views(x, y)
     (b, d), one_set = first.shape, y is None
-    both = len(lse) > b
+    both = lse.shape[0] > b
     if grad.stride() not in ((0,), (1,)):
         grad = grad.contiguous()
     if one_set:
@@ -559,7 +567,7 @@ def contrastive_grad(
     dots = _new(x, 2 * b if wanted[1] else b)
     width, block = _row_block(d)
     _launch(
-        kernels._restore_kernel, (triton.cdiv(b, block),), None, x,
+        kernels._restore_kernel, (_blocks(b, block),), None, x,
         first, second, z, length if len(length) else None, positive, lse, grad, scale,
         parts[0] if wanted[0] else None, len(parts[0]), pitches[0],
         parts[1] if wanted[1] else None, len(parts[1]), pitches[1],
@@ -572,7 +580,8 @@ def contrastive_grad(
 def _views(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Raw rows of both views, contiguous: two tensors, or the halves of one."""
     x = x.contiguous()
-    return (x[: len(x) // 2], x[len(x) // 2 :]) if y is None else (x, y.contiguous())
+    half = x.shape[0] // 2
+    return (x[:half], x[half:]) if y is None else (x, y.contiguous())
 
 
 def _contiguous(pairs: Pairs) -> Pairs:
@@ -582,18 +591,29 @@ def _contiguous(pairs: Pairs) -> Pairs:
     return Pairs._make([x, y, pairs.scale, *vectors, *pairs[11:]])
 
 
+def _blocks(count: int, size: int) -> int:
+    """``triton.cdiv`` takes 25 times as long to find out that it is not in a kernel."""
+    return -(-count // size)
+
+
 def _of(t: Tensor | None, part: slice, size: int = 1) -> Tensor | None:
     return None if t is None else t[part.start // size :]
 
 
 def _splits(x: Tensor, programs: int, count: int, block: int) -> int:
-    """Into how many spans the columns are cut so that every processor has work."""
-    blocks = triton.cdiv(count, block)
-    wanted = triton.cdiv(2 * limits(x.device).processors, max(programs, 1)) if programs else 1
-    if programs >= limits(x.device).processors:
+    """Into how many spans the columns are cut so that every processor has work, and the last wave of programs, too."""
+    if programs == 0:
         return 1
-    each = triton.cdiv(blocks, min(wanted, max(1, blocks // 2)))
-    return triton.cdiv(blocks, each)
+    slots = 2 * limits(x.device).processors  # most tiles leave room for a second
+    blocks = _blocks(count, block)
+    most = max(1, min(blocks // 2, _MOST_SPLITS if programs >= slots // 2 else blocks))
+    best, least = 1, float(_blocks(programs, slots))
+    for waves in range(1, 5):
+        splits = min(max(1, waves * slots // programs), most)
+        cost = _blocks(programs * splits, slots) / splits
+        if cost < 0.9 * least:  # more parts are more to add
+            best, least = splits, cost
+    return _blocks(blocks, _blocks(blocks, best))
 
 
 def _stride(sides: Sides) -> int:
@@ -681,15 +701,15 @@ def _by_descriptor(*tensors: Tensor) -> bool:
     x = tensors[0]
     if not DESCRIPTORS or (not INTERPRETED and limits(x.device).capability < (9, 0)):
         return False
-    aligned = all(t.data_ptr() % 16 == 0 and len(t) > 0 for t in tensors)
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[0] > 0 for t in tensors)
     return aligned and x.shape[1] * x.element_size() % 16 == 0
 
 
-def _sources(*tiles: tuple[Tensor, int, int]) -> list[Any]:
+def _sources(*tiles: tuple[Tensor, int, int] | None) -> list[Any]:
     """What ``_rows`` reads of a tensor in tiles of (rows, features): descriptors of them, or the tensors themselves."""
-    if _by_descriptor(*(t for t, _, _ in tiles)):
-        return [TensorDescriptor.from_tensor(t, [rows, features]) for t, rows, features in tiles]
-    return [t for t, _, _ in tiles]
+    if _by_descriptor(*(tile[0] for tile in tiles if tile)):
+        return [tile and TensorDescriptor.from_tensor(tile[0], [*tile[1:]]) for tile in tiles]
+    return [tile and tile[0] for tile in tiles]
 
 
 @lru_cache(maxsize=None)
