@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu --json benchmarks/results/h200.json --minutes 8
 
-Run it again to go on: rows that were measured with the same kernels are kept. Contenders: *eager*
-(``fastcl.reference``) and *cross-entropy* (the usual short form), each also under torch.compile;
-``F.linear_cross_entropy`` where torch has it; lightly, open_clip, inf_cl and pytorch-metric-learning where they are
-installed; *fastcl chunked*, *fastcl triton*, and *fastcl triton, graph*, a replayed CUDA graph; *fastcl native* and
-its graph, the CUDA C++ kernels, for rows that they take. What does not fit into the memory is said so.
+Several processes compile first, which takes longer than measuring. Run it again to go on: rows that were measured with
+the same kernels are kept. Contenders: *eager* (``fastcl.reference``) and *cross-entropy* (the usual short form), each
+also under torch.compile; ``F.linear_cross_entropy`` where torch has it; lightly, open_clip, inf_cl and
+pytorch-metric-learning where they are installed; *fastcl chunked*, *fastcl triton*, and *fastcl triton, graph*, a
+replayed CUDA graph; *fastcl native* and its graph, the CUDA C++ kernels, for rows that they take. What does not fit
+into the memory is said so.
 
 Losses and gradients up to 4,096 rows are compared with fp64; a kernel is *verified* when those and ``fastcl selftest``
 pass on its backend and one of them launched it. ``of_bound`` is the least time of ``benchmarks.roofline`` with this
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +34,7 @@ from torch import Tensor
 
 from fastcl import _selftest, backends, pairwise, use_backend
 from fastcl._info import commit, versions
-from fastcl._measure import peak_bytes
+from fastcl._measure import graphed, peak_bytes
 from fastcl.backends import _cuda, triton
 
 from . import ledger, predict, roofline
@@ -60,6 +63,7 @@ SHAPES = [
 ]
 KERNELS = ("triton", "native")  # backends with kernels of their own
 NEEDED = ("reduce", "grad")
+COMPILED_ROWS = 8192  # that many meet the same kernels as more do
 CHECKED_ROWS = 4096  # a dense fp64 matrix of that size and its gradient fit anywhere
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 LARGEST_DENSE = 131072  # a dense matrix of more rows fits no GPU, and trying costs minutes
@@ -90,7 +94,7 @@ def measure(
     ours = [name for name in KERNELS if all(backends.why_not(name, op, task.leaves[0]) is None for op in NEEDED)]
     for backend in ours:
         steps[f"fastcl {backend}"] = lambda b=backend: step(task.ours, b)  # type: ignore[misc]
-        steps[f"fastcl {backend}, graph"] = lambda b=backend: _graph(step(task.ours, b))  # type: ignore[misc]
+        steps[f"fastcl {backend}, graph"] = lambda b=backend: graphed(step(task.ours, b))  # type: ignore[misc]
 
     ready: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -125,6 +129,29 @@ def measure(
     return list(rows.values())
 
 
+def compile_first(shapes: list[tuple[str, int, int, int, str]], workers: int) -> None:
+    """Everything that will be launched, once, by several processes, into Triton's cache on disk."""
+    jobs: list[tuple[Any, ...]] = [("selftest", str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+    jobs += [("mining",), *dict.fromkeys((loss, min(n, COMPILED_ROWS), c, d, t) for loss, n, c, d, t in shapes)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_launch_once, job): job for job in jobs}
+        for done in as_completed(waiting):
+            if error := done.exception():  # measuring goes on, and will say the same of its own
+                print(f"compiling for {waiting[done]}: {type(error).__name__}: {error}", flush=True)
+
+
+def _launch_once(job: tuple[Any, ...]) -> None:
+    if job[0] == "selftest":
+        _selftest.run([getattr(torch, job[1])])
+    elif job[0] == "mining":
+        _mining_passes()
+    else:
+        loss, n, columns, d, dtype = job
+        task = problem(loss, n, d, columns=columns if loss == "moco" else n, device=DEVICE, dtype=getattr(torch, dtype))
+        with use_backend("triton"):
+            torch.autograd.grad(task.ours(*task.leaves), task.leaves)
+
+
 def ceilings() -> dict[str, float]:
     """What this GPU reaches: FLOP/s of torch's matrix product on random data by dtype, bytes/s of a large copy."""
     found = {}
@@ -149,19 +176,6 @@ def _seconds(step: Step, calls: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / calls
-
-
-def _graph(step: Step) -> Step:
-    """The step as a CUDA graph, replayed."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _gradient_error(loss: str, n: int, columns: int, d: int, dtype: torch.dtype, backend: str) -> float:
@@ -243,6 +257,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile kernels first")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -252,49 +267,50 @@ def main() -> None:
     result = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     kept = result.get("rows", []) if {n: k["hash"] for n, k in result.get("kernels", {}).items()} == hashes else []
     gpu = torch.cuda.get_device_name()
+    done = {_key(r) for r in kept}
+    shapes = [(*shape, dtype) for shape in SHAPES for dtype in args.dtypes.split(",") if (*shape, dtype) not in done]
+    compile_first(shapes, args.workers)
     machine = {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "ceilings": ceilings()}
     with _noting_launches() as launched:
         selftest = _selftest.run()
         mining = _mining_passes()
     print(_selftest.text(selftest), flush=True)  # also says why a backend is not among the contenders
     launched.update(name for name, k in result.get("kernels", {}).items() if kept and k["verified"])
-    done = {(r["loss"], r["rows"], r["columns"], r["dim"], r["dtype"]) for r in kept}
     rows = list(kept)
-    for loss, n, columns, d in SHAPES:
-        for dtype in args.dtypes.split(","):
-            if (loss, n, columns, d, dtype) in done or time.monotonic() > deadline:
-                continue
-            new = measure(loss, n, columns, d, getattr(torch, dtype), args.rounds, deadline, not args.no_compile)
-            rows += new
-            for row in new:
-                row["of_bound"] = roofline.fraction(row, gpu, machine["ceilings"])
-                row["of_goal"] = _of_goal(row, gpu)
-                print(_line(row), flush=True)
-            for row in new:
-                launched.update(row.get("checked_kernels", ()))
-            right = {backend: _verified(rows, selftest, backend) for backend in KERNELS}
-            right["triton"] &= mining
-            kernels = {
-                name: {
-                    "hash": digest,
-                    "verified": name in launched and right["native" if name.endswith(".cu") else "triton"],
-                }
-                for name, digest in hashes.items()
+    for loss, n, columns, d, dtype in shapes:
+        if time.monotonic() > deadline:
+            break
+        new = measure(loss, n, columns, d, getattr(torch, dtype), args.rounds, deadline, not args.no_compile)
+        rows += new
+        for row in new:
+            row["of_bound"] = roofline.fraction(row, gpu, machine["ceilings"])
+            row["of_goal"] = _of_goal(row, gpu)
+            print(_line(row), flush=True)
+        for row in new:
+            launched.update(row.get("checked_kernels", ()))
+        right = {backend: _verified(rows, selftest, backend) for backend in KERNELS}
+        right["triton"] &= mining
+        kernels = {
+            name: {
+                "hash": digest,
+                "verified": name in launched and right["native" if name.endswith(".cu") else "triton"],
             }
-            result = {
-                "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}"
-                + " --no-compile" * args.no_compile,
-                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": commit(),
-                "versions": versions(),
-                "machine": machine,
-                "peers": package_versions(),
-                "kernels": kernels,
-                "selftest_passed": selftest["passed"],
-                "rows": rows,
-            }
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    left = len(SHAPES) * len(args.dtypes.split(",")) - len({(*_key(r),) for r in rows})
+            for name, digest in hashes.items()
+        }
+        result = {
+            "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}"
+            + " --no-compile" * args.no_compile,
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "versions": versions(),
+            "machine": machine,
+            "peers": package_versions(),
+            "kernels": kernels,
+            "selftest_passed": selftest["passed"],
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    left = len(SHAPES) * len(args.dtypes.split(",")) - len({_key(r) for r in rows})
     print(f"{left} shapes left: run it again" if left > 0 else "complete")
 
 

@@ -68,6 +68,19 @@ def interleaved_seconds(
     return seconds
 
 
+def graphed(step: Callable[[], object]) -> Callable[[], object]:
+    """The step as a CUDA graph, replayed: what the device takes, however slow the host is."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over rounds of ``slow / fast``: how many times faster the second contender is."""
     return median(a / b for a, b in zip(slow, fast, strict=True))

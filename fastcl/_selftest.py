@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from typing import Any
@@ -57,8 +58,10 @@ class Row:
     error: str | None = None  # what was raised
 
 
-def run() -> dict[str, Any]:
+def run(dtypes: Sequence[torch.dtype] = _DTYPES) -> dict[str, Any]:
     """Compare loss and every gradient with ``fastcl.reference`` in fp64, in about ten seconds.
+
+    The first time on a GPU, Triton compiles a few hundred kernels for it, which takes minutes.
 
     Returns:
         ``rows`` (see :class:`Row`), ``not_run`` (device, backend, dtype, reason), ``passed``, ``versions``: plain
@@ -68,7 +71,7 @@ def run() -> dict[str, Any]:
     not_run = []
     for device in devices():
         for backend in NAMES:
-            for dtype in _DTYPES:
+            for dtype in dtypes:
                 if isinstance(dim := _dim(backend, device, dtype), str):
                     not_run.append({"device": str(device), "backend": backend, "dtype": _short(dtype), "reason": dim})
                 else:

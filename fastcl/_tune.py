@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from ._checks import sentence
 from ._info import versions
-from ._measure import interleaved_seconds
+from ._measure import graphed, interleaved_seconds
 from .backends import Pairs, Sides, use_backend
 
 KINDS = ("sums", "grad", "one_pass", "weights", "product", "argmax", "topk")
@@ -37,6 +40,7 @@ class Settings:
     dtype: str = "bfloat16"
     rows: int = 8192
     rounds: int = 5
+    workers: int = min(8, os.cpu_count() or 1)  # processes that compile the candidates before they are measured
     device: str = "cuda"
 
 
@@ -62,7 +66,10 @@ def run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     file = configs.tuned_file(gpu)
     found = _read(file)
     table = found["families"].setdefault(family, {})
-    for kind in settings.kinds:
+    kinds = [kind for kind in settings.kinds if kind != "product" or not triton._by_library(sample)]
+    rows = [row for kind in kinds for row in configs.rows(family, kind)]
+    _compile([candidate for row in rows for candidate in (row, *_candidates(row))], settings)
+    for kind in kinds:
         faster = []
         for row in configs.rows(family, kind):
             best = _best(row, settings, dtype, device, say)
@@ -76,12 +83,44 @@ def run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
+def _compile(candidates: list[Any], settings: Settings) -> None:
+    """Fills Triton's cache from several processes: the compiler takes seconds for a kernel, running it milliseconds."""
+    if settings.workers < 2:
+        return
+    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    try:
+        with ProcessPoolExecutor(settings.workers, mp_context=spawn) as pool:
+            list(pool.map(_try, candidates, itertools.repeat(settings), chunksize=4))
+    except BrokenProcessPool:
+        pass  # what one of them broke on is found again, and said, when it is measured
+
+
+def _try(candidate: Any, settings: Settings) -> bool:
+    """Whether a candidate runs."""
+    from .backends._triton_configs import trying
+
+    step = _step(candidate.kind, settings.rows, _depth(candidate), getattr(torch, settings.dtype), settings.device)
+    try:
+        with use_backend("triton"), trying(candidate):
+            step()
+    except Exception:  # too large for the device, or for the compiler
+        return False
+    return True
+
+
+def _depth(row: Any) -> int:
+    """Features by which a row is measured."""
+    from .backends._triton_configs import ANY
+
+    return 512 if row.depth == ANY else int(row.depth)
+
+
 def _best(row: Any, settings: Settings, dtype: torch.dtype, device: torch.device, say: Callable[[str], None]) -> Any:
     """The fastest tiles for the depths of a row, or ``None`` where the row itself is good enough."""
-    from .backends._triton_configs import ANY, trying
+    from .backends._triton_configs import trying
 
-    d = 512 if row.depth == ANY else row.depth
-    step = _step(row.kind, settings.rows, d, dtype, device)
+    d = _depth(row)
+    step = _step(row.kind, settings.rows, d, dtype, settings.device)
     with use_backend("triton"), trying(row):
         want = step()
     seconds = {}
@@ -90,7 +129,8 @@ def _best(row: Any, settings: Settings, dtype: torch.dtype, device: torch.device
             with use_backend("triton"), trying(candidate):
                 error = float((step() - want).norm() / want.norm())
                 if error <= _WRONG:
-                    taken = interleaved_seconds({"": step}, rounds=settings.rounds, device=device)[""]
+                    timed = graphed(step) if device.type == "cuda" else step
+                    taken = interleaved_seconds({"": timed}, rounds=settings.rounds, device=device)[""]
                     seconds[candidate] = median(taken)
         except Exception:  # too large for the device, or for the compiler: another will do
             continue
@@ -118,7 +158,7 @@ def _candidates(row: Any) -> Iterator[Any]:
             yield candidate
 
 
-def _step(kind: str, n: int, d: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+def _step(kind: str, n: int, d: int, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
     """Calls that spend their time in launches of a kind; what they compute, as one tensor."""
     from .backends import triton
 

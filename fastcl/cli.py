@@ -182,6 +182,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--dtype", default=default.dtype, choices=("bfloat16", "float16", "float32"), help="of the rows"
     )
     parser.add_argument("--rows", default=default.rows, type=int, help="of the batch (default: %(default)s)")
+    parser.add_argument("--workers", default=default.workers, type=int, help="processes that compile (%(default)s)")
     parser.add_argument("--rounds", default=default.rounds, type=int, help="of which the median counts")
     parser.set_defaults(device=default.device)
 

@@ -18,7 +18,7 @@ def test_every_contender_is_measured_and_ours_are_checked(monkeypatch: pytest.Mo
         pytest.skip(native.status())
     monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(gpu, "_seconds", lambda step, calls: float(step() is not None))
-    monkeypatch.setattr(gpu, "_graph", lambda step: step)
+    monkeypatch.setattr(gpu, "graphed", lambda step: step)
     monkeypatch.setattr(gpu, "peak_bytes", lambda step, device: 1)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = {row["contender"]: row for row in gpu.measure("nt_xent", 16, 16, 8, torch.float32, 3, float("inf"))}

@@ -67,7 +67,7 @@ def test_a_file_that_others_may_write_is_not_used() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter serves CPU tensors")
 def test_the_faster_tiles_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real launches in the interpreter; only the clock is chosen, so that the last candidate wins."""
+    """Real launches in the interpreter, in other processes first; only the clock is chosen, so that the last wins."""
     candidates = [ROW, ROW._replace(block_n=16), ROW._replace(block_m=16, block_n=48)]  # the last is no power of two
     monkeypatch.setattr(_tune, "_candidates", lambda row: candidates if row.depth == 32 else [])
     ticks = (0.9**i for i in itertools.count())
@@ -80,7 +80,7 @@ def test_the_faster_tiles_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_tune, "interleaved_seconds", clock)
     said: list[str] = []
     settings = _tune.Settings(
-        kinds=("sums", "grad", "one_pass", "argmax", "topk"), dtype="float32", rows=40, device="cpu"
+        kinds=("sums", "grad", "one_pass", "argmax", "topk"), dtype="float32", rows=40, workers=2, device="cpu"
     )
     result = _tune.run(settings, said.append)
     assert result["families"][FAMILY]["sums"] == [list(candidates[1][1:])]

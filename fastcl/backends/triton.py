@@ -386,8 +386,9 @@ def _strips(
             after = slice(height, None) if mirrored else slice(None)
             _product(written[:, after].T, strip.x, dy[cols][after], first > 0)
     if _is_half(pairs.x):
-        for gradient in {dx, dy} - {None}:
-            gradient /= balance[2]  # the gain of fp16 weights
+        for gradient in (dx, None if mirrored else dy):
+            if gradient is not None:
+                gradient /= balance[2]  # the gain of fp16 weights
     col_sum = _new(pairs.x, 0)
     if want.col_sum:  # a strip has sums of rows only
         col_sum = _row_owned(link, pairs, sides, _Want(False, False, col_sum=True), ranges, positives, False).col_sum
