@@ -23,7 +23,7 @@ add a backend, add a file here and its name to ``PREFERENCE``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -111,6 +111,8 @@ class Sides(NamedTuple):
     def sliced(self, rows: slice, cols: slice) -> Sides:
         return Sides(*(t if t is None else t[part] for t, part in zip(self, (rows, rows, cols, cols), strict=True)))
 
+
+_NOTHING = nullcontext()
 
 # A plain global: autograd runs backward on threads of its own, which do not inherit a ContextVar. A loss reads it once,
 # in forward, and its backward runs on the same backend even if the context has ended.
@@ -200,6 +202,12 @@ def available_backends(x: Tensor | None = None) -> list[str]:
     """
     rows = torch.empty(2, 8) if x is None else x
     return [n for n in _order(rows) if all(why_not(n, op, rows) is None for op in ("reduce", "grad"))]
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """``torch.cuda.device_of``, which takes microseconds to find that nothing has to change, as nearly always."""
+    here = not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    return _NOTHING if here else torch.cuda.device_of(x)
 
 
 def tf32_is_allowed() -> bool:

@@ -15,6 +15,7 @@ of weights. Bounds, and results that need a repair, come from the rows as they a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import _settings
-from . import Pairs, Sides, tf32_is_allowed, unit_pairs
+from . import Pairs, Sides, on_device_of, tf32_is_allowed, unit_pairs
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -47,7 +48,7 @@ def unsupported(op: str, x: Tensor) -> str | None:
             _BUILD_REPORT.read_text(encoding="utf-8").partition("\n")[0] if _BUILD_REPORT.exists() else "unknown why"
         )
         return f"was built without CUDA kernels ({reason}); pip install fastcl from source where nvcc is found"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.is_cuda and _capability(x.device) < (8, 0):
         return "has CUDA kernels for compute capability 8.0 and later only"
     if op == "topk":
         return "has no CUDA kernel for neighbours"
@@ -250,7 +251,7 @@ def reduce_grad(
 
 def family(device: torch.device) -> str:
     """Which kernels multiply there: ``hopper``'s need exactly its instructions, ``ampere``'s run on all later GPUs."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    hopper = device.type == "cuda" and _capability(device) == (9, 0)
     return "hopper" if hopper and hasattr(kernels, "hopper") else "ampere"
 
 
@@ -309,6 +310,12 @@ def contrastive_grad(
     return dx, dy, dots
 
 
+@lru_cache(maxsize=None)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=None)
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
@@ -432,7 +439,7 @@ class _Call:
         function = getattr(self.products, kernel, None) or getattr(self.kernels, kernel)
         if self.device.type != "cuda":  # the simulator
             return function(*args, blocks, 0)
-        with torch.cuda.device(self.device):
+        with on_device_of(self.tensors[0]):
             function(*args, blocks, torch.cuda.current_stream().cuda_stream)
 
 

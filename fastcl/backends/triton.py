@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .. import _settings
-from . import Pairs, Sides, tf32_is_allowed, unit_pairs
+from . import Pairs, Sides, on_device_of, tf32_is_allowed, unit_pairs
 from . import _triton_kernels as kernels
 from ._triton_configs import Config, config, family
 
@@ -640,7 +640,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], cut: Config | None, x: Tensor, *
         if cut is not None:
             constants.update(num_warps=cut.warps, num_stages=cut.stages)
     try:
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             kernel[grid](*args, **constants)
     except OutOfResources:
         if cut is None:
