@@ -1,6 +1,11 @@
-"""Every loss once, forward and backward, on small odd sizes: what ``make gpu-test`` runs under compute-sanitizer."""
+"""Every loss once, forward and backward, on small odd sizes: what ``make gpu-test`` runs under compute-sanitizer.
+
+``python -m benchmarks.sanitized native`` leaves Triton's kernels out, whose compilation is slow under it.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -11,25 +16,36 @@ from fastcl.testing import HOT
 
 def main() -> None:
     """Run them; the sanitizer judges."""
+    backends = sys.argv[1:] or ["triton", "native"]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        _settings.fp32 = "auto"
-        for strips_from, d in ((2049, 41), (1, 300)):
-            triton._STRIPS_FROM = strips_from
-            _losses("triton", d, dtype)
-        rows = torch.randn(37, 41, device="cuda", dtype=dtype)
-        with use_backend("triton"):
-            for topk in (1, 5, 300):
-                pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
-        _frozen("triton", rows)
-        _settings.fp32 = "bf16x3"  # CUDA C++ serves fp32 rows by nothing else
-        for d in (40, 128, 200, 520):
-            rows = torch.randn(37, d, device="cuda", dtype=dtype)
-            if reason := why_not("native", "reduce", rows):
-                print(f"native, {dtype}, D = {d}: not run ({reason})")
-                continue
-            _losses("native", d, dtype)
-            _frozen("native", rows)
+        if "triton" in backends:
+            _triton(dtype)
+        if "native" in backends:
+            _native(dtype)
     torch.cuda.synchronize()
+
+
+def _triton(dtype: torch.dtype) -> None:
+    _settings.fp32 = "auto"
+    for strips_from, d in ((2049, 41), (1, 300)):
+        triton._STRIPS_FROM = strips_from
+        _losses("triton", d, dtype)
+    rows = torch.randn(37, 41, device="cuda", dtype=dtype)
+    with use_backend("triton"):
+        for topk in (1, 5, 300):
+            pairwise.pair_topk(rows, topk=topk, drop=torch.arange(37, device="cuda"))
+    _frozen("triton", rows)
+
+
+def _native(dtype: torch.dtype) -> None:
+    _settings.fp32 = "bf16x3"  # CUDA C++ serves fp32 rows by nothing else
+    for d in (40, 128, 200, 520):
+        rows = torch.randn(37, d, device="cuda", dtype=dtype)
+        if reason := why_not("native", "reduce", rows):
+            print(f"native, {dtype}, D = {d}: not run ({reason})")
+            continue
+        _losses("native", d, dtype)
+        _frozen("native", rows)
 
 
 def _losses(backend: str, d: int, dtype: torch.dtype) -> None:
