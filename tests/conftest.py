@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy under the interpreter: its threads cost more than they give
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -37,7 +37,28 @@ def round_as_hardware_does() -> None:
     InterpreterBuilder.cast_impl = rounded
 
 
+def patch_the_language_once() -> None:
+    """Triton's interpreter replaces the functions of its language at every launch, and at every call in a kernel, which
+    takes half of its time; replaced once, they stay so."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older Triton
+        return
+    patch, patched = interpreter._patch_lang, set[str]()
+
+    def once(kernel: Callable[..., object]) -> object:
+        if kernel.__module__ not in patched:  # what a module calls by name is what is replaced
+            patched.add(kernel.__module__)
+            patch(kernel)
+        return interpreter._LangPatchScope()  # nothing to put back
+
+    interpreter._patch_lang = once
+
+
 round_as_hardware_does()
+patch_the_language_once()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
