@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy under the interpreter: its threads cost more than they give
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,31 @@ def patch_the_language_once() -> None:
 round_as_hardware_does()
 patch_the_language_once()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Files whose tests share what is slow to build: one process runs all of it. (An xdist_group would say so beside the
+# tests, but pytest-xdist 3.8 does not see it with pytest 9.2.)
+SHARED = (
+    "tests/integrations/test_two_ranks.py",
+    "tests/test_aot.py",
+    "tests/test_cuda.py",
+    "tests/test_distributed.py",
+    "tests/test_grad_cache.py",
+    "tests/trainer/test_run.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Test after test to whichever process is free, the files above as wholes and first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in SHARED else nodeid
+
+    return Scheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(params=["native", "chunked", "triton"])
