@@ -18,18 +18,18 @@ sanitize: sanitize-native sanitize-cuda  ## the same tests, with AddressSanitize
 
 sanitize-cuda:  ## the CUDA kernels on the simulator
 	FASTCL_CXXFLAGS="-fsanitize=$(SANITIZERS) -fsanitize-recover=address -fno-sanitize-recover=undefined" \
-		$(RUN_SIMULATOR) $(PRELOAD) $(PYTHON) -m pytest tests/test_cuda.py
+		$(RUN_SIMULATOR) $(PRELOAD) $(PYTHON) -m pytest -n 0 tests/test_cuda.py
 
 sanitize-native:  ## the primitives on the CPU
 	FASTCL_CXXFLAGS="-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -O1" $(PYTHON) setup.py build_ext --inplace
-	$(RUN) $(PRELOAD) $(PYTHON) -m pytest tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
+	$(RUN) $(PRELOAD) $(PYTHON) -m pytest -n 0 tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
 		; status=$$?; $(MAKE) native; exit $$status
 
 RESULT ?= benchmarks/results/$(shell $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else 'no-gpu')").json
 MINUTES ?= 8
-# Most of the time of these tests goes into compiling kernels: with pytest-xdist, by several processes.
+# Most of the time of these tests goes into compiling kernels: by several processes, where pytest-xdist is installed.
 WORKERS ?= 8
-XDIST ?= $(shell $(PYTHON) -c "import xdist; print('-n $(WORKERS)')" 2> /dev/null)
+XDIST ?= $(shell $(PYTHON) -c "import xdist; print('-n $(WORKERS) --maxprocesses $(WORKERS)')" 2> /dev/null || echo -o addopts=-q)
 
 .PHONY: gpu gpu-test gpu-bench
 

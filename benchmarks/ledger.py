@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def _defined(source: str) -> dict[str, ast.stmt]:
     return defined
 
 
+@lru_cache(maxsize=None)  # kernels share helpers
 def _names(tree: ast.AST) -> set[str]:
     """Everything that is read by its name, or from a module by its name."""
     found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
@@ -119,6 +121,7 @@ def _hash(roots: list[str], defined: dict[str, ast.stmt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=None)
 def _without_docstrings(tree: ast.stmt) -> ast.stmt:
     tree = ast.parse(ast.unparse(tree)).body[0]  # a copy, without line numbers and comments
     for node in ast.walk(tree):

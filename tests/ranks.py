@@ -24,6 +24,7 @@ from fastcl.distributed import Ranks, all_rows, bytes_sent, evaluate, shuffle_ba
 from fastcl.testing import CASES, LossCase
 
 DIM = 5
+TIMEOUT = 60  # seconds after which a rank gives up waiting for the others
 BATCHES = {1: [[5]], 2: [[6, 6], [8, 5]], 3: [[7, 0, 3]], 4: [[1, 1, 9, 2]]}
 SHARED = {("info_nce", "negatives"), ("cosface", "proxies"), ("sampled_info_nce", "table")}
 APART = {"extra_negatives", "guide_negatives", ("gist", "negatives")}
@@ -395,7 +396,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/{world}.store", timeout=timedelta(seconds=60), rank=rank, world_size=world
+        "gloo", f"file://{folder}/{world}.store", timeout=timedelta(seconds=TIMEOUT), rank=rank, world_size=world
     )
     work = [every_loss]
     if world > 1:

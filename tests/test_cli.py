@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -303,32 +302,31 @@ def test_unknown_words_are_code_2(words: list[str], capsys: pytest.CaptureFixtur
 
 # --- what `import fastcl` costs -------------------------------------------------------------------------------------
 
-_HEAVY = ("triton", "matplotlib", "torchvision", "tensorboard", "tqdm", "pytest", "fastcl.trainer", "fastcl.testing")
+# All that `import fastcl` imports beside the standard library and what torch has imported already; benchmarks.imports
+# says how long it takes.
+_IMPORTED = {
+    "fastcl", "fastcl._across", "fastcl._checks", "fastcl._explain", "fastcl._ops", "fastcl._settings",
+    "fastcl._version", "fastcl.backends", "fastcl.backends.chunked", "fastcl.functional",
+    "fastcl.functional._arguments", "fastcl.functional.labels", "fastcl.functional.pairs",
+    "fastcl.functional.queries", "fastcl.functional.views", "fastcl.grad_cache", "fastcl.inspection",
+    "fastcl.losses", "fastcl.pairwise", "fastcl.queue", "fastcl.reference", "fastcl.reference._dense",
+    "fastcl.reference.labels", "fastcl.reference.pairs", "fastcl.reference.queries", "fastcl.reference.views",
+    "fastcl.triples",
+}  # fmt: skip
 
 
 def test_importing_fastcl_prints_nothing_and_imports_nothing_heavy() -> None:
-    script = f"""
+    script = """
 import contextlib, io, sys, torch, warnings
 before, said = set(sys.modules), io.StringIO()
 warnings.simplefilter("error")
 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
     import fastcl
 new = set(sys.modules) - before
-assert not new.intersection({_HEAVY}), new
 assert not said.getvalue(), said.getvalue()
 assert not torch.cuda.is_initialized()
+print(*new)
 """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
-
-
-def test_importing_fastcl_costs_at_most_50_ms_over_torch() -> None:
-    costs = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        done = python("-X", "importtime", "-c", "import torch; import fastcl")
-        microseconds = re.search(r"\| +(\d+) \| fastcl$", done.stderr, re.MULTILINE)
-        assert microseconds, done.stderr[-500:]
-        costs.append(int(microseconds[1]) / 1000)
-        if costs[-1] <= 50:
-            return
-    pytest.fail(f"importing fastcl costs {min(costs):.0f} ms over torch, at most 50 are allowed")
+    assert {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names} == _IMPORTED

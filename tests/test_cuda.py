@@ -39,7 +39,7 @@ SEEDS = (0, 7, 8, 21)  # both kinds of asynchronous work late, early, late, and 
 def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     """Compile the kernels for the simulator and load them."""
     pybind11 = pytest.importorskip("pybind11", reason="the simulator's Python module is made with pybind11")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE", "-DFASTCL_HOPPER", *EXTRA_FLAGS]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE", "-DFASTCL_HOPPER", *EXTRA_FLAGS]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def compile_one(source: Path) -> str:

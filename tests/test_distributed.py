@@ -188,7 +188,7 @@ def test_a_mistake_of_one_rank_is_told_to_all(world: int, found: Callable[[int],
         assert text.startswith("ValueError: "), text
         assert words in text, text
         assert f"rank {world - 1}" in text, text
-        assert max(rank[name][1] for rank in ranks) < 10
+        assert max(rank[name][1] for rank in ranks) < worker.TIMEOUT  # nobody waited in vain
 
 
 def test_a_rank_that_is_gone_is_an_error_and_no_hang(found: Callable[[int], list[dict[str, Any]]]) -> None:
@@ -196,7 +196,7 @@ def test_a_rank_that_is_gone_is_an_error_and_no_hang(found: Callable[[int], list
     assert "dies" not in dead
     for rank in others:
         assert rank["dies"]["error"]
-        assert rank["dies"]["seconds"] < 60
+        assert rank["dies"]["seconds"] < worker.TIMEOUT
 
 
 @pytest.mark.parametrize("world", [2, 3])
