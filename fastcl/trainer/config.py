@@ -34,8 +34,14 @@ class TrainConfig:
     chunk: int | None = _option(
         None, "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk"
     )
-    learning_rate: float = _option(3e-3, "peak learning rate of AdamW, after a linear warm-up and before a cosine")
-    weight_decay: float = _option(1e-4, "weight decay of AdamW")
+    optimizer: str = _option(
+        "adamw", "adamw; sgd, with momentum 0.9; or lars, sgd for thousands of images per step", "adamw", "sgd", "lars"
+    )
+    learning_rate: float = _option(3e-3, "peak learning rate, after a linear warm-up and before a cosine")
+    weight_decay: float = _option(1e-4, "weight decay: decoupled for adamw, added to the gradient for sgd and lars")
+    exclude_norm_bias: bool = _option(
+        False, "no weight decay of biases and normalisation layers (lars always leaves them out)"
+    )
     temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
     queue_size: int = _option(1024, "moco: keys in the queue")
     momentum: float = _option(0.99, "moco, byol: how much of the slowly moving encoder a step keeps")
@@ -80,6 +86,8 @@ class TrainConfig:
         for name, value in (("learning_rate", self.learning_rate), ("temperature", self.temperature)):
             if not 0 < value < math.inf:
                 raise TrainError(f"got {name} = {value}; expected a finite number above 0. Choose another.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
         if not 0 <= self.momentum <= 1:
             raise TrainError(f"got momentum = {self.momentum}; expected 0 to 1. Values near 1 are usual.")
         # Spinning OpenMP threads on a busy machine can be several times slower than one thread.

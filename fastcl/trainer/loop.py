@@ -29,6 +29,7 @@ from .data import Data, load_data
 from .errors import TrainError, need
 from .methods import METHODS, Method
 from .models import build_encoder, calibrated
+from .optimization import build_optimizer, learning_rate
 from .probe import Prober
 from .progress import Progress
 from .run_folder import COLUMNS, claim, metrics_log
@@ -80,9 +81,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
         method = _build(config, data).to(device)
-        optimizer = torch.optim.AdamW(
-            [p for p in method.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
-        )
+        optimizer = build_optimizer(config, method)
         start, seconds, loss_seconds = 0, 0.0, 0.0
         history: list[dict[str, Any]] = []
         if state is None:
@@ -101,9 +100,9 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
         ):
             for step in range(start + 1, config.steps + 1):
                 began = _now(device)
-                learning_rate = _learning_rate(config, step)
+                rate = learning_rate(config, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = rate
                 views, labels = _batch(config, data, step, device)
                 loss, spent = _step(method, optimizer, views, labels, device, config.chunk)
                 loss_seconds += spent
@@ -113,7 +112,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                         f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
                         f"--temperature. The last checkpoint is in {folder}."
                     )
-                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": learning_rate}
+                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
                 history.append(row)
@@ -187,14 +186,6 @@ def _generator(*key: object) -> torch.Generator:
     """A random stream of its own for every key. Hashed, because torch's CPU generator reads 32 bits of its seed."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine that reaches 0 after the last one."""
-    warmup = max(config.steps // 20, 1)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
 
 
 def _build(config: TrainConfig, data: Data) -> Method:

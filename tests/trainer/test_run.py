@@ -122,6 +122,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert other["loss"] != again["loss"]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimizers_train_and_resume(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SHORT | {"steps": 10, "optimizer": optimizer, "learning_rate": 0.3}
+    train(TrainConfig(output=str(tmp_path / "whole"), **settings))
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=9)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(output=str(tmp_path / "cut"), **settings))
+    resume(tmp_path / "cut")
+    same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_views_are_a_function_of_seed_and_step() -> None:
     digits = load_data(TrainConfig())
     one = Images(torch.zeros(8), lambda at: digits.train.read(torch.zeros_like(at)))  # the same image 8 times
@@ -214,6 +226,8 @@ def test_a_missing_extra_is_named_before_training(
         ({"threads": 0}, "threads = 0; expected 1 or more"),
         ({"temperature": 0.0}, "temperature = 0.0; expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
+        ({"optimizer": "adam"}, "one of adamw, sgd, lars"),
+        ({"weight_decay": -1e-4}, "weight_decay = -0.0001; expected a finite number, 0 or more"),
         ({"momentum": 1.5}, "momentum = 1.5; expected 0 to 1"),
         ({"device": "toaster"}, "device 'toaster'"),
     ],
