@@ -29,7 +29,7 @@ from .data import Data, load_data
 from .errors import TrainError, need
 from .methods import METHODS, Method
 from .models import build_encoder, calibrated
-from .optimization import build_optimizer, learning_rate
+from .optimization import build_optimizer, learning_rate, slow_momentum
 from .probe import Prober
 from .progress import Progress
 from .run_folder import COLUMNS, claim, metrics_log
@@ -103,6 +103,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                 rate = learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                method.momentum = slow_momentum(config, step)
                 views, labels = _batch(config, data, step, device)
                 loss, spent = _step(method, optimizer, views, labels, device, config.chunk)
                 loss_seconds += spent

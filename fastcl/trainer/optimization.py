@@ -36,8 +36,26 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Opti
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine that reaches 0 after the last one."""
-    warmup = max(config.steps // 20, 1)
+    """The learning rate of step ``step``, counted from 1: a linear warm-up to the peak, then the schedule.
+
+    The cosine reaches 0 after the last step. The steps of the other schedule are MoCo's (He et al. 2020,
+    arXiv:1911.05722, section 3.3): a tenth of the rate from 60% of the run, and again from 80%.
+    """
+    scale = {"none": 1.0, "linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size)}
+    peak = config.learning_rate * scale[config.lr_scaling]
+    warmup = max(config.steps // 20, 1) if config.warmup_steps is None else config.warmup_steps
     if step <= warmup:
-        return config.learning_rate * step / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
+        return peak * step / warmup
+    if config.lr_schedule == "steps":
+        return peak * 0.1 ** ((step > 0.6 * config.steps) + (step > 0.8 * config.steps))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
+
+
+def slow_momentum(config: TrainConfig, step: int) -> float:
+    """How much of a slow network step ``step``, counted from 1, keeps: as given, or from there to 1.
+
+    The cosine is BYOL's (Grill et al. 2020, arXiv:2006.07733, section 3.3).
+    """
+    if config.momentum_schedule == "constant":
+        return config.momentum
+    return 1 - (1 - config.momentum) * (math.cos(math.pi * (step - 1) / config.steps) + 1) / 2

@@ -9,7 +9,7 @@ import torch
 
 from fastcl.trainer import TrainConfig
 from fastcl.trainer.lars import LARS
-from fastcl.trainer.optimization import build_optimizer
+from fastcl.trainer.optimization import build_optimizer, learning_rate, slow_momentum
 
 
 def network() -> torch.nn.Module:
@@ -98,3 +98,38 @@ def test_groups_of_parameters(name: str, kind: type[torch.optim.Optimizer], excl
     assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
     if name == "sgd":
         assert all(group["momentum"] == 0.9 and not group["nesterov"] for group in optimizer.param_groups)
+
+
+def test_the_default_schedule_warms_up_for_a_twentieth_and_is_a_cosine() -> None:
+    config = TrainConfig(steps=100, learning_rate=2.0)
+    assert [learning_rate(config, step) for step in range(1, 6)] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert learning_rate(config, 53) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi * 48 / 96)))  # half way
+    assert 0 < learning_rate(config, 100) < 1e-3
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 32)])
+def test_the_learning_rate_grows_with_the_batch(scaling: str, factor: float) -> None:
+    config = TrainConfig(batch_size=1024, lr_scaling=scaling, learning_rate=0.5, warmup_steps=10)
+    assert learning_rate(config, 10) == 0.5 * factor
+
+
+def test_warm_up_takes_as_many_steps_as_asked() -> None:
+    none = TrainConfig(steps=10, learning_rate=1.0, warmup_steps=0)
+    assert learning_rate(none, 1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 11)))
+    rates = [learning_rate(TrainConfig(steps=10, learning_rate=1.0, warmup_steps=10), step) for step in range(1, 11)]
+    assert rates == pytest.approx([0.1 * step for step in range(1, 11)])
+
+
+def test_steps_are_those_of_moco() -> None:
+    config = TrainConfig(steps=200, learning_rate=0.03, lr_schedule="steps", warmup_steps=0)
+    rates = [learning_rate(config, step) for step in range(1, 201)]
+    assert rates == pytest.approx([0.03] * 120 + [0.003] * 40 + [0.0003] * 40)
+
+
+def test_the_momentum_of_slow_networks() -> None:
+    assert slow_momentum(TrainConfig(momentum=0.9), 17) == 0.9
+    config = TrainConfig(steps=100, momentum=0.9, momentum_schedule="cosine")
+    assert slow_momentum(config, 1) == pytest.approx(0.9)
+    assert slow_momentum(config, 51) == pytest.approx(0.95)
+    values = [slow_momentum(config, step) for step in range(1, 101)]
+    assert values == sorted(values) and 0.9999 < values[-1] < 1

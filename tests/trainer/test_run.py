@@ -134,6 +134,23 @@ def test_other_optimizers_train_and_resume(optimizer: str, tmp_path: Path, monke
     same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_the_loop_follows_the_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        method="byol", momentum=0.5, momentum_schedule="cosine", lr_scaling="linear", warmup_steps=0,
+        output=str(tmp_path / "run"), **SHORT | {"steps": 4},
+    )  # fmt: skip
+    step, seen = loop._step, []
+
+    def spy(method: Any, optimizer: torch.optim.Optimizer, *args: Any) -> tuple[float, float]:
+        seen.append((method.momentum, optimizer.param_groups[0]["lr"]))
+        return step(method, optimizer, *args)
+
+    monkeypatch.setattr(loop, "_step", spy)
+    train(config)
+    assert seen == [(loop.slow_momentum(config, t), loop.learning_rate(config, t)) for t in (1, 2, 3, 4)]
+    assert len({momentum for momentum, _ in seen}) == 4
+
+
 def test_views_are_a_function_of_seed_and_step() -> None:
     digits = load_data(TrainConfig())
     one = Images(torch.zeros(8), lambda at: digits.train.read(torch.zeros_like(at)))  # the same image 8 times
@@ -227,6 +244,11 @@ def test_a_missing_extra_is_named_before_training(
         ({"temperature": 0.0}, "temperature = 0.0; expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"optimizer": "adam"}, "one of adamw, sgd, lars"),
+        ({"lr_scaling": "cubic"}, "one of none, linear, sqrt"),
+        ({"lr_schedule": "flat"}, "one of cosine, steps"),
+        ({"momentum_schedule": "flat"}, "one of constant, cosine"),
+        ({"warmup_steps": -1}, "warmup_steps = -1; expected 0 or more"),
+        ({"warmup_steps": 20, "steps": 10}, "warmup_steps = 20 for 10 steps"),
         ({"weight_decay": -1e-4}, "weight_decay = -0.0001; expected a finite number, 0 or more"),
         ({"momentum": 1.5}, "momentum = 1.5; expected 0 to 1"),
         ({"device": "toaster"}, "device 'toaster'"),
