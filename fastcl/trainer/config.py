@@ -34,6 +34,15 @@ class TrainConfig:
     chunk: int | None = _option(
         None, "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk"
     )
+    accumulate: int = _option(
+        1,
+        "micro-batches that --batch-size is cut into, whose gradients are added: negatives then come from one of them "
+        "only, and BatchNorm sees one; --chunk saves as much memory and keeps all negatives",
+    )
+    precision: str = _option(
+        "fp32", "of the encoder and heads, by autocast; fp16 scales its gradients", "fp32", "bf16", "fp16"
+    )
+    compile: bool = _option(False, "torch.compile the encoder and heads: faster, and other bits")
     optimizer: str = _option(
         "adamw", "adamw; sgd, with momentum 0.9; or lars, sgd for thousands of images per step", "adamw", "sgd", "lars"
     )
@@ -89,6 +98,7 @@ class TrainConfig:
             "warmup_steps",
             "batch_size",
             "chunk",
+            "accumulate",
             "queue_size",
             "image_size",
             "checkpoint_every",
@@ -99,9 +109,14 @@ class TrainConfig:
             value, low = getattr(self, name), least.get(name, 1)
             if value is not None and value < low:
                 raise TrainError(f"got {name} = {value}; expected {low} or more. Choose a larger number.")
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise TrainError(
+                f"got accumulate = {self.accumulate} for a batch size of {self.batch_size}; expected equal "
+                "micro-batches of at least 2 images. Choose a divisor."
+            )
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise TrainError(
-                f"got warmup_steps = {self.warmup_steps} for {self.steps} steps; expected no more of them. Warm up less."
+                f"got warmup_steps = {self.warmup_steps} for {self.steps} steps; expected no more. Warm up less."
             )
         for name, value in (("learning_rate", self.learning_rate), ("temperature", self.temperature)):
             if not 0 < value < math.inf:
