@@ -34,11 +34,41 @@ class TrainConfig:
     chunk: int | None = _option(
         None, "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk"
     )
-    learning_rate: float = _option(3e-3, "peak learning rate of AdamW, after a linear warm-up and before a cosine")
-    weight_decay: float = _option(1e-4, "weight decay of AdamW")
+    accumulate: int = _option(
+        1,
+        "micro-batches that --batch-size is cut into, whose gradients are added: negatives then come from one of them "
+        "only, and BatchNorm sees one; --chunk saves as much memory and keeps all negatives",
+    )
+    precision: str = _option(
+        "fp32", "of the encoder and heads, by autocast; fp16 scales its gradients", "fp32", "bf16", "fp16"
+    )
+    compile: bool = _option(False, "torch.compile the encoder and heads: faster, and other bits")
+    optimizer: str = _option(
+        "adamw", "adamw; sgd, with momentum 0.9; or lars, sgd for thousands of images per step", "adamw", "sgd", "lars"
+    )
+    learning_rate: float = _option(3e-3, "peak learning rate, before --lr-scaling")
+    lr_scaling: str = _option(
+        "none", "of the learning rate: linear times batch size / 256, sqrt times its root", "none", "linear", "sqrt"
+    )
+    lr_schedule: str = _option(
+        "cosine",
+        "after the warm-up: cosine to 0, or steps, a tenth after 3/5 and again after 4/5 of all",
+        "cosine",
+        "steps",
+    )
+    warmup_steps: int | None = _option(
+        None, "steps of linear warm-up of the learning rate (default: a twentieth of all, at least 1)"
+    )
+    weight_decay: float = _option(1e-4, "weight decay: decoupled for adamw, added to the gradient for sgd and lars")
+    exclude_norm_bias: bool = _option(
+        False, "no weight decay of biases and normalisation layers (lars always leaves them out)"
+    )
     temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
     queue_size: int = _option(1024, "moco: keys in the queue")
     momentum: float = _option(0.99, "moco, byol: how much of the slowly moving encoder a step keeps")
+    momentum_schedule: str = _option(
+        "constant", "of --momentum: constant, or cosine, which ends at 1 (BYOL)", "constant", "cosine"
+    )
     control: str | None = _option(
         None,
         "a run that must fail, to check the checks: shuffled-pairs gives every image the second view of another one",
@@ -62,11 +92,13 @@ class TrainConfig:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices and (value is not None or f.default is not None):
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8}
+        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0}
         counts = (
             "steps",
+            "warmup_steps",
             "batch_size",
             "chunk",
+            "accumulate",
             "queue_size",
             "image_size",
             "checkpoint_every",
@@ -77,9 +109,20 @@ class TrainConfig:
             value, low = getattr(self, name), least.get(name, 1)
             if value is not None and value < low:
                 raise TrainError(f"got {name} = {value}; expected {low} or more. Choose a larger number.")
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise TrainError(
+                f"got accumulate = {self.accumulate} for a batch size of {self.batch_size}; expected equal "
+                "micro-batches of at least 2 images. Choose a divisor."
+            )
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise TrainError(
+                f"got warmup_steps = {self.warmup_steps} for {self.steps} steps; expected no more. Warm up less."
+            )
         for name, value in (("learning_rate", self.learning_rate), ("temperature", self.temperature)):
             if not 0 < value < math.inf:
                 raise TrainError(f"got {name} = {value}; expected a finite number above 0. Choose another.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
         if not 0 <= self.momentum <= 1:
             raise TrainError(f"got momentum = {self.momentum}; expected 0 to 1. Values near 1 are usual.")
         # Spinning OpenMP threads on a busy machine can be several times slower than one thread.

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,15 @@ from .. import functional, reference
 from .._measure import peak_bytes
 from .._version import __version__
 from ..backends import native
-from ..grad_cache import cached_embeddings
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
+from .gradients import add_gradients, now
 from .methods import METHODS, Method
 from .models import build_encoder, calibrated
+from .optimization import build_optimizer, learning_rate, slow_momentum
 from .probe import Prober
 from .progress import Progress
 from .run_folder import COLUMNS, claim, metrics_log
@@ -80,17 +80,20 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
         method = _build(config, data).to(device)
-        optimizer = torch.optim.AdamW(
-            [p for p in method.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
-        )
+        optimizer = build_optimizer(config, method)
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         start, seconds, loss_seconds = 0, 0.0, 0.0
         history: list[dict[str, Any]] = []
+        if config.compile:
+            method.compile()  # what the loop calls; the probes call the encoder alone, as it is
         if state is None:
             claim(folder, overwrite=config.overwrite)
             write_json(folder / "config.json", dataclasses.asdict(config))
         else:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
             start, history = state["step"], state["history"]
             seconds, loss_seconds = state["seconds"], state["loss_seconds"]
 
@@ -100,20 +103,23 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
             Progress(config.steps, start) as progress,
         ):
             for step in range(start + 1, config.steps + 1):
-                began = _now(device)
-                learning_rate = _learning_rate(config, step)
+                began = now(device)
+                rate = learning_rate(config, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = rate
+                method.momentum = slow_momentum(config, step)
                 views, labels = _batch(config, data, step, device)
-                loss, spent = _step(method, optimizer, views, labels, device, config.chunk)
+                loss, spent = _step(
+                    method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler
+                )
                 loss_seconds += spent
-                seconds += _now(device) - began
+                seconds += now(device) - began
                 if not math.isfinite(loss):
                     raise TrainError(
                         f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
                         f"--temperature. The last checkpoint is in {folder}."
                     )
-                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": learning_rate}
+                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
                 history.append(row)
@@ -134,6 +140,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                             "loss_seconds": loss_seconds,
                             "method": method.state_dict(),
                             "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(),
                             "history": history,
                         },
                     )
@@ -147,24 +154,25 @@ def _step(
     labels: Tensor,
     device: torch.device,
     chunk: int | None = None,
+    accumulate: int = 1,
+    precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[float, float]:
-    """One optimizer step: the loss, and the seconds that the loss itself took, forward and backward.
-
-    The backward pass is cut at the embeddings: first from the loss to them, timed, then from them to the weights, of
-    which a chunk of images at a time has activations.
-    """
+    """One optimizer step: the mean loss of its micro-batches, and the seconds that the loss itself took."""
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     optimizer.zero_grad()
     method.begin_step()
-    embeddings = cached_embeddings(method, [views], chunk_size=chunk)[0] if chunk else method(*views)
-    leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
-    began = _now(device)
-    loss = method.objective(labels, *leaves)
-    loss.backward()
-    spent = _now(device) - began
-    cut = [(e, leaf.grad) for e, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
-    torch.autograd.backward([e for e, _ in cut], [grad for _, grad in cut])
-    optimizer.step()
-    return loss.item(), spent
+    size = len(labels) // accumulate
+    parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
+    done = [
+        add_gradients(
+            method, (view0, view1), part, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate
+        )
+        for view0, view1, part in parts
+    ]
+    scaler.step(optimizer)
+    scaler.update()
+    return sum(loss for loss, _ in done) / accumulate, sum(seconds for _, seconds in done)
 
 
 def _batch(config: TrainConfig, data: Data, step: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -187,14 +195,6 @@ def _generator(*key: object) -> torch.Generator:
     """A random stream of its own for every key. Hashed, because torch's CPU generator reads 32 bits of its seed."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine that reaches 0 after the last one."""
-    warmup = max(config.steps // 20, 1)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
 
 
 def _build(config: TrainConfig, data: Data) -> Method:
@@ -285,10 +285,3 @@ def _device(name: str) -> torch.device:
             f"got device {name!r}, which torch cannot use here ({reason}). Choose --device cpu."
         ) from error
     return device
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

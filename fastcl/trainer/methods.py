@@ -20,10 +20,15 @@ DIM = 64  # features that the loss sees
 
 
 class Method(nn.Module):
-    """What the loop knows of a method: ``encoder``, whose features are probed, ``loss``, and the following."""
+    """What the loop knows of a method: ``encoder``, whose features are probed, ``loss``, and the following.
+
+    Attributes:
+        momentum: how much of its slow networks, where it has any, the next step keeps; the loop sets it.
+    """
 
     encoder: nn.Module
     loss: nn.Module
+    momentum: float
 
     def begin_step(self) -> None:
         """Before the embeddings of every step."""

@@ -122,6 +122,73 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert other["loss"] != again["loss"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optimizer": "sgd", "learning_rate": 0.3},
+        {"optimizer": "lars", "learning_rate": 0.3},
+        {"precision": "bf16", "accumulate": 2, "exclude_norm_bias": True},
+    ],
+    ids=lambda other: next(iter(other.values())),
+)
+def test_other_ways_to_train_resume_as_well(
+    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SHORT | {"steps": 10, "probe_every": 10} | other
+    train(TrainConfig(output=str(tmp_path / "whole"), **settings))
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=9)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(output=str(tmp_path / "cut"), **settings))
+    resume(tmp_path / "cut")
+    same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_scale_of_fp16_gradients_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SHORT | {"steps": 3, "precision": "fp16", "batch_size": 8, "checkpoint_every": 2}
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=3)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(output=str(tmp_path / "run"), **settings))
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = load_checkpoint(path)
+    save_checkpoint(path, state | {"scaler": state["scaler"] | {"scale": 32.0}})
+    resume(tmp_path / "run")
+    assert load_checkpoint(path)["scaler"]["scale"] == 32
+
+
+def test_a_compiled_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The whole of torch.compile but its last step, C++, which takes half a minute here and is torch's to test.
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+    settings = SHORT | {"method": "moco", "steps": 2, "probe_every": 2}
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    compiled = train(TrainConfig(compile=True, output=str(tmp_path / "compiled"), **settings))
+    assert counted["unique_graphs"] > before
+    eager = train(TrainConfig(output=str(tmp_path / "eager"), **settings))
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+    a, b = (load_checkpoint(tmp_path / run / "checkpoint.pt")["method"] for run in ("compiled", "eager"))
+    assert list(a) == list(b)  # what a compiled run leaves can be read by any other
+
+
+def test_the_loop_follows_the_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        method="byol", momentum=0.5, momentum_schedule="cosine", lr_scaling="linear", warmup_steps=0,
+        output=str(tmp_path / "run"), **SHORT | {"steps": 4},
+    )  # fmt: skip
+    step, seen = loop._step, []
+
+    def spy(method: Any, optimizer: torch.optim.Optimizer, *args: Any) -> tuple[float, float]:
+        seen.append((method.momentum, optimizer.param_groups[0]["lr"]))
+        return step(method, optimizer, *args)
+
+    monkeypatch.setattr(loop, "_step", spy)
+    train(config)
+    assert seen == [(loop.slow_momentum(config, t), loop.learning_rate(config, t)) for t in (1, 2, 3, 4)]
+    assert len({momentum for momentum, _ in seen}) == 4
+
+
 def test_views_are_a_function_of_seed_and_step() -> None:
     digits = load_data(TrainConfig())
     one = Images(torch.zeros(8), lambda at: digits.train.read(torch.zeros_like(at)))  # the same image 8 times
@@ -214,6 +281,17 @@ def test_a_missing_extra_is_named_before_training(
         ({"threads": 0}, "threads = 0; expected 1 or more"),
         ({"temperature": 0.0}, "temperature = 0.0; expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
+        ({"optimizer": "adam"}, "one of adamw, sgd, lars"),
+        ({"lr_scaling": "cubic"}, "one of none, linear, sqrt"),
+        ({"lr_schedule": "flat"}, "one of cosine, steps"),
+        ({"momentum_schedule": "flat"}, "one of constant, cosine"),
+        ({"precision": "fp8"}, "one of fp32, bf16, fp16"),
+        ({"accumulate": 0}, "accumulate = 0; expected 1 or more"),
+        ({"accumulate": 3}, "accumulate = 3 for a batch size of 256; expected equal micro-batches"),
+        ({"accumulate": 4, "batch_size": 4}, "accumulate = 4 for a batch size of 4"),
+        ({"warmup_steps": -1}, "warmup_steps = -1; expected 0 or more"),
+        ({"warmup_steps": 20, "steps": 10}, "warmup_steps = 20 for 10 steps"),
+        ({"weight_decay": -1e-4}, "weight_decay = -0.0001; expected a finite number, 0 or more"),
         ({"momentum": 1.5}, "momentum = 1.5; expected 0 to 1"),
         ({"device": "toaster"}, "device 'toaster'"),
     ],
