@@ -15,6 +15,7 @@ from .errors import MissingData
 from .models import encode
 
 DRAWS = 10  # of the labelled images, for the few-label probes
+NEIGHBOURS = 20  # that vote in a run's kNN column: fewer than the 200 of ImageNet, as its data sets are smaller
 _LIMIT = 20_000  # images of each half, at most, that the probes look at; evenly spaced over the classes
 _RAW_SIDE = 32  # larger images are averaged down to this before their pixels serve as features
 
@@ -53,28 +54,37 @@ class Prober:
 
     def monitor(self, features: Features) -> dict[str, float]:
         """The two that are followed during training, in percent."""
-        return {"knn": knn(features), "few10": few_label_probe(features, self.few[10])["mean"]}
+        return {"knn": knn(features, neighbours=NEIGHBOURS), "few10": few_label_probe(features, self.few[10])["mean"]}
 
     def all(self, features: Features) -> dict[str, Any]:
         """Every probe, in percent."""
         return {
-            "knn": knn(features),
+            "knn": knn(features, neighbours=NEIGHBOURS),
             "linear": linear_probe(features),
             "few10": few_label_probe(features, self.few[10]),
             "few1": few_label_probe(features, self.few[1]),
         }
 
 
-def knn(features: Features, *, neighbours: int = 20, temperature: float = 0.07) -> float:
+def knn(features: Features, *, neighbours: int = 200, temperature: float = 0.07) -> float:
     """Accuracy in percent of a vote among the nearest training images by cosine, weighted by exp(cosine / temperature).
 
-    Wu et al. 2018, arXiv:1805.01978, section 3.4, with fewer neighbours because the data sets are smaller.
+    Wu et al. 2018, arXiv:1805.01978, section 3.4. There is no matrix of test by training images, only the neighbours.
+
+    Args:
+        features: of any length; the cosine does not see it.
+        neighbours: that vote; all training images where there are fewer.
+        temperature: above 0. The lower, the more the nearest decides.
+
+    Raises:
+        ValueError: fewer than 1 neighbour.
     """
     labels, classes = features.train_labels, int(features.train_labels.max()) + 1
     cosine, nearest = pair_topk(
         l2_normalize(features.test), l2_normalize(features.train), topk=min(neighbours, len(labels))
     )
-    votes = torch.zeros(len(cosine), classes).scatter_add_(1, labels[nearest], (cosine / temperature).exp())
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # of the nearest: 1, so that none overflows
+    votes = torch.zeros(len(cosine), classes).scatter_add_(1, labels[nearest], weights)
     return _percent(votes.argmax(1) == features.test_labels)
 
 
