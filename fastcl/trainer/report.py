@@ -26,6 +26,13 @@ def table(result: Mapping[str, Any]) -> str:
         row = result["probe"][key]
         ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
         lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
+    seen = result.get("embeddings", {})  # an older fastcl wrote none
+    if seen.get("effective_rank") is not None:
+        lines += [
+            "",
+            f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
+            f"effective rank {seen['effective_rank']:.1f}",
+        ]
     peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
     lines += [
         "",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_atomically
+from .collapse import MONITORS
 from .errors import TrainError
 
-COLUMNS = ("step", "loss", "learning_rate", "knn", "few10")  # no times: equal runs write equal files
+COLUMNS = ("step", "loss", "learning_rate", "knn", "few10", *MONITORS)  # no times: equal runs write equal files
 _FILES = ("config.json", "checkpoint.pt", "metrics.csv", "result.json", "*.png", "events.out.tfevents.*", "*.tmp")
 
 
