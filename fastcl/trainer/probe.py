@@ -33,13 +33,18 @@ class Features:
 class Prober:
     """The probes of one data set: the same images and the same draws of labels for every encoder.
 
+    Args:
+        data: its labelled images.
+        generator: of the draws.
+        everything: look at all images, not at 20,000 of each half.
+
     Raises:
         MissingData: a class has fewer than 10 labelled training images.
     """
 
-    def __init__(self, data: Data, generator: torch.Generator) -> None:
+    def __init__(self, data: Data, generator: torch.Generator, *, everything: bool = False) -> None:
         self.data = data
-        self.train_at, self.test_at = _spread(data.train.labels), _spread(data.test.labels)
+        self.train_at, self.test_at = (_spread(half.labels, everything) for half in (data.train, data.test))
         self.few = {k: few_label_draws(data.train.labels[self.train_at], k, generator) for k in (10, 1)}
 
     def features(self, encoder: nn.Module | None, device: torch.device) -> Features:
@@ -152,11 +157,11 @@ class _RawPixels(nn.Module):
         return images.flatten(1)
 
 
-def _spread(labels: Tensor) -> Tensor:
-    """Indices of at most ``_LIMIT`` labelled images, evenly spaced over the list sorted by class."""
+def _spread(labels: Tensor, everything: bool = False) -> Tensor:
+    """Indices of at most ``_LIMIT`` labelled images, or of all, evenly spaced over the list sorted by class."""
     labelled = (labels >= 0).nonzero().squeeze(1)
     by_class = labelled[labels[labelled].sort(stable=True).indices]
-    count = min(len(by_class), _LIMIT)
+    count = len(by_class) if everything else min(len(by_class), _LIMIT)
     return by_class[torch.arange(count) * len(by_class) // max(count, 1)]
 
 
