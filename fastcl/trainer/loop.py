@@ -196,6 +196,8 @@ def _generator(*key: object) -> torch.Generator:
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up over a twentieth of the steps, then a cosine that reaches 0 after the last one."""
+    if config.control == "no-training":
+        return 0.0
     warmup = max(config.steps // 20, 1)
     if step <= warmup:
         return config.learning_rate * step / warmup
@@ -209,6 +211,8 @@ def _build(config: TrainConfig, data: Data) -> Method:
         torch.manual_seed(config.seed)
         encoder, features = build_encoder(config.encoder, channels, size)
         method = METHODS[config.method](encoder, features, config)
+    if config.control == "frozen-queue":
+        method.loss.eval()  # MoCoLoss moves its queue in training mode only
     return method.to(memory_format=torch.channels_last)
 
 
