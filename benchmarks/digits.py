@@ -1,6 +1,6 @@
-"""Does the trainer learn? Three seeds of every method on digits, a control that must fail, and one run repeated.
+"""Does the trainer learn? Three seeds of every method on digits, controls that must fail, and one run repeated.
 
-python -m benchmarks.digits      about 25 minutes; writes results/digits.json, exits with 1 where a requirement fails
+python -m benchmarks.digits      about 30 minutes; writes results/digits.json, exits with 1 where a requirement fails
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = [_train(folder, method=method, seed=seed) for method in LEAST for seed in SEEDS]
         control = _train(folder, method="simclr", seed=0, control="shuffled-pairs")
+        # Nothing learned: no better than random weights. No negatives but the first ones: away from them all together.
+        untrained = _train(folder, method="simclr", seed=0, control="no-training")
+        frozen = _train(folder, method="moco", seed=0, control="frozen-queue")
         again = _train(folder, method="simclr", seed=0, output=f"{folder}/again")
         curves = [Path(folder, name, "metrics.csv").read_bytes() for name in ("simclr-0-None", "again")]
     checks = {
         **{f"{row['method']} seed {row['seed']}: {what}": ok for row in rows for what, ok in _checks(row).items()},
         "control: loss within 0.05 of ln(2N-1)": abs(control["loss"] - CHANCE) <= 0.05,
         "control: few10 at most raw + 2": _few10(control, "trained") <= _few10(control, "raw") + 2,
+        "no training: few10 at most random + 2": _few10(untrained, "trained") <= _few10(untrained, "random") + 2,
+        "frozen queue: effective rank at most 5": frozen["embeddings"]["effective_rank"] <= 5,
+        "frozen queue: few10 below raw + 5": _few10(frozen, "trained") < _few10(frozen, "raw") + 5,
         "same seed twice: identical metrics": curves[0] == curves[1]
         and all(rows[0][key] == again[key] for key in ("loss", "probe")),
     }
@@ -50,6 +56,7 @@ def main() -> int:
                 "checks": checks,
                 "rows": rows,
                 "control": control,
+                "more_controls": [untrained, frozen],
                 "repeat": again,
             },
             indent=2,
@@ -78,6 +85,8 @@ def _checks(row: dict[str, Any]) -> dict[str, bool]:
     }
     if method in ("simclr", "moco"):
         checks["two minutes at most"] = row["seconds"] <= 120
+    if method == "moco":
+        checks["effective rank at least 10"] = row["embeddings"]["effective_rank"] >= 10
     if method == "simclr":
         checks["loss at most ln(2N-1) - 1.5"] = row["loss"] <= CHANCE - 1.5
     return checks

@@ -1,4 +1,4 @@
-"""The command line: ``fastcl [info | selftest | bench | tune | train]``, or ``python -m fastcl``.
+"""The command line: ``fastcl [info | selftest | bench | tune | train | evaluate]``, or ``python -m fastcl``.
 
 ``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
 and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
@@ -19,6 +19,7 @@ from typing import Any
 from . import trainer
 from ._checks import sentence
 from ._version import __version__
+from .trainer import evaluation
 from .trainer.errors import TrainError
 
 _STDOUT = "-"
@@ -104,6 +105,14 @@ def _train(args: argparse.Namespace) -> int:
     return trainer.run(args)
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    result = evaluation.evaluate(args.run, args.probe, epochs=args.epochs, device=args.device)
+    if args.json != _STDOUT:
+        print(f"{evaluation.table(result)}\n\nwritten to {Path(args.run) / 'evaluation.json'}")
+    _write_json(result, args.json)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcl",
@@ -137,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an encoder on images, and probe it")
     trainer.add_arguments(train)
     train.set_defaults(execute=_train)
+
+    evaluate = commands.add_parser("evaluate", help="probe the last checkpoint of a run, or fine-tune it")
+    _add_evaluate(evaluate)
+    _add_json(evaluate)
+    evaluate.set_defaults(execute=_evaluate)
     return parser
 
 
@@ -185,6 +199,18 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", default=default.workers, type=int, help="processes that compile (%(default)s)")
     parser.add_argument("--rounds", default=default.rounds, type=int, help="of which the median counts")
     parser.set_defaults(device=default.device)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a finished or interrupted run")
+    parser.add_argument(
+        "--probe",
+        choices=evaluation.PROBES,
+        help="kNN of 200 neighbours, logistic regression on all labels or on 10 and 1 of each class, or training of "
+        "the whole network on all labels (default: all of them)",
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--device", help="where to compute (default: that of the run)")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

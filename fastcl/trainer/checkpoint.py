@@ -28,7 +28,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise TrainError(
-            f"got no {path.name} in {path.parent}; expected an interrupted run. Start it with: fastcl train"
+            f"got no {path.name} in {path.parent}; expected a run with a checkpoint. Start one with: fastcl train"
         )
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

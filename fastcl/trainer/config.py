@@ -71,8 +71,11 @@ class TrainConfig:
     )
     control: str | None = _option(
         None,
-        "a run that must fail, to check the checks: shuffled-pairs gives every image the second view of another one",
+        "a run that must fail, to check the checks: shuffled-pairs gives every image the second view of another one, "
+        "no-training has learning rate 0, frozen-queue (moco) never puts a key into the queue",
         "shuffled-pairs",
+        "no-training",
+        "frozen-queue",
     )
     seed: int = _option(0, "of the weights, the order of the images and their views")
     output: str | None = _option(None, "run folder (default: runs/METHOD-DATA-seedSEED)")
@@ -123,6 +126,10 @@ class TrainConfig:
                 raise TrainError(f"got {name} = {value}; expected a finite number above 0. Choose another.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
+        if self.control == "frozen-queue" and self.method != "moco":
+            raise TrainError(
+                f"got control = 'frozen-queue' for {self.method}; expected moco, which has one. Choose --method moco."
+            )
         if not 0 <= self.momentum <= 1:
             raise TrainError(f"got momentum = {self.momentum}; expected 0 to 1. Values near 1 are usual.")
         # Spinning OpenMP threads on a busy machine can be several times slower than one thread.

@@ -22,6 +22,7 @@ from .._version import __version__
 from ..backends import native
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint, write_json
+from .collapse import MONITORS, monitors
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
@@ -122,6 +123,10 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                 row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
+                    head = method.get_submodule("head")
+                    seen = monitors(method.encoder, head, data, prober.train_at, _generator("monitors"), device)
+                    progress.probed(step, seen["effective_rank"])
+                    row |= seen
                 history.append(row)
                 log(row)
                 for name in COLUMNS[1:]:
@@ -204,6 +209,8 @@ def _build(config: TrainConfig, data: Data) -> Method:
         torch.manual_seed(config.seed)
         encoder, features = build_encoder(config.encoder, channels, size)
         method = METHODS[config.method](encoder, features, config)
+    if config.control == "frozen-queue":
+        method.loss.eval()  # MoCoLoss moves its queue in training mode only
     return method.to(memory_format=torch.channels_last)
 
 
@@ -238,6 +245,7 @@ def _finish(
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
+        "embeddings": {name: history[-1].get(name) for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
         "control": config.control,

@@ -41,6 +41,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     The cosine reaches 0 after the last step. The steps of the other schedule are MoCo's (He et al. 2020,
     arXiv:1911.05722, section 3.3): a tenth of the rate from 60% of the run, and again from 80%.
     """
+    if config.control == "no-training":
+        return 0.0
     scale = {"none": 1.0, "linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size)}
     peak = config.learning_rate * scale[config.lr_scaling]
     warmup = max(config.steps // 20, 1) if config.warmup_steps is None else config.warmup_steps

@@ -15,6 +15,7 @@ from .errors import MissingData
 from .models import encode
 
 DRAWS = 10  # of the labelled images, for the few-label probes
+NEIGHBOURS = 20  # that vote in a run's kNN column: fewer than the 200 of ImageNet, as its data sets are smaller
 _LIMIT = 20_000  # images of each half, at most, that the probes look at; evenly spaced over the classes
 _RAW_SIDE = 32  # larger images are averaged down to this before their pixels serve as features
 
@@ -32,13 +33,18 @@ class Features:
 class Prober:
     """The probes of one data set: the same images and the same draws of labels for every encoder.
 
+    Args:
+        data: its labelled images.
+        generator: of the draws.
+        everything: look at all images, not at 20,000 of each half.
+
     Raises:
         MissingData: a class has fewer than 10 labelled training images.
     """
 
-    def __init__(self, data: Data, generator: torch.Generator) -> None:
+    def __init__(self, data: Data, generator: torch.Generator, *, everything: bool = False) -> None:
         self.data = data
-        self.train_at, self.test_at = _spread(data.train.labels), _spread(data.test.labels)
+        self.train_at, self.test_at = (_spread(half.labels, everything) for half in (data.train, data.test))
         self.few = {k: few_label_draws(data.train.labels[self.train_at], k, generator) for k in (10, 1)}
 
     def features(self, encoder: nn.Module | None, device: torch.device) -> Features:
@@ -53,28 +59,37 @@ class Prober:
 
     def monitor(self, features: Features) -> dict[str, float]:
         """The two that are followed during training, in percent."""
-        return {"knn": knn(features), "few10": few_label_probe(features, self.few[10])["mean"]}
+        return {"knn": knn(features, neighbours=NEIGHBOURS), "few10": few_label_probe(features, self.few[10])["mean"]}
 
     def all(self, features: Features) -> dict[str, Any]:
         """Every probe, in percent."""
         return {
-            "knn": knn(features),
+            "knn": knn(features, neighbours=NEIGHBOURS),
             "linear": linear_probe(features),
             "few10": few_label_probe(features, self.few[10]),
             "few1": few_label_probe(features, self.few[1]),
         }
 
 
-def knn(features: Features, *, neighbours: int = 20, temperature: float = 0.07) -> float:
+def knn(features: Features, *, neighbours: int = 200, temperature: float = 0.07) -> float:
     """Accuracy in percent of a vote among the nearest training images by cosine, weighted by exp(cosine / temperature).
 
-    Wu et al. 2018, arXiv:1805.01978, section 3.4, with fewer neighbours because the data sets are smaller.
+    Wu et al. 2018, arXiv:1805.01978, section 3.4. There is no matrix of test by training images, only the neighbours.
+
+    Args:
+        features: of any length; the cosine does not see it.
+        neighbours: that vote; all training images where there are fewer.
+        temperature: above 0. The lower, the more the nearest decides.
+
+    Raises:
+        ValueError: fewer than 1 neighbour.
     """
     labels, classes = features.train_labels, int(features.train_labels.max()) + 1
     cosine, nearest = pair_topk(
         l2_normalize(features.test), l2_normalize(features.train), topk=min(neighbours, len(labels))
     )
-    votes = torch.zeros(len(cosine), classes).scatter_add_(1, labels[nearest], (cosine / temperature).exp())
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # of the nearest: 1, so that none overflows
+    votes = torch.zeros(len(cosine), classes).scatter_add_(1, labels[nearest], weights)
     return _percent(votes.argmax(1) == features.test_labels)
 
 
@@ -142,11 +157,11 @@ class _RawPixels(nn.Module):
         return images.flatten(1)
 
 
-def _spread(labels: Tensor) -> Tensor:
-    """Indices of at most ``_LIMIT`` labelled images, evenly spaced over the list sorted by class."""
+def _spread(labels: Tensor, everything: bool = False) -> Tensor:
+    """Indices of at most ``_LIMIT`` labelled images, or of all, evenly spaced over the list sorted by class."""
     labelled = (labels >= 0).nonzero().squeeze(1)
     by_class = labelled[labels[labelled].sort(stable=True).indices]
-    count = min(len(by_class), _LIMIT)
+    count = len(by_class) if everything else min(len(by_class), _LIMIT)
     return by_class[torch.arange(count) * len(by_class) // max(count, 1)]
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from types import TracebackType
 
+from .collapse import COLLAPSED
 from .errors import need
 
 _EVERY = 5.0  # seconds between lines
@@ -34,6 +35,15 @@ class Progress:
             self.last_line = now
             left = (now - self.began) / (step - self.start) * (self.steps - step)
             print(f"step {step}/{self.steps}: {shown}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def probed(self, step: int, effective_rank: float) -> None:
+        """The embeddings have this effective rank; a line of warning where they have collapsed."""
+        if effective_rank < COLLAPSED:
+            line = (
+                f"warning: step {step}: the effective rank of the embeddings is {effective_rank:.2f}, below "
+                f"{COLLAPSED:.0f}: they have collapsed. Lower --learning-rate, or check the views of an image."
+            )
+            (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import need
 
-_ROWS = {"raw": "raw pixels", "random": "random init", "trained": "trained"}
+ROWS = {"raw": "raw pixels", "random": "random init", "trained": "trained"}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -22,10 +22,17 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}",
     ]
-    for key, name in _ROWS.items():
+    for key, name in ROWS.items():
         row = result["probe"][key]
         ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
         lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
+    seen = result.get("embeddings", {})  # an older fastcl wrote none
+    if seen.get("effective_rank") is not None:
+        lines += [
+            "",
+            f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
+            f"effective rank {seen['effective_rank']:.1f}",
+        ]
     peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
     lines += [
         "",

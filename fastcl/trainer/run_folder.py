@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_atomically
+from .collapse import MONITORS
 from .errors import TrainError
 
-COLUMNS = ("step", "loss", "learning_rate", "knn", "few10")  # no times: equal runs write equal files
-_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "result.json", "*.png", "events.out.tfevents.*", "*.tmp")
+COLUMNS = ("step", "loss", "learning_rate", "knn", "few10", *MONITORS)  # no times: equal runs write equal files
+_FILES = (
+    "config.json", "checkpoint.pt", "metrics.csv", "result.json", "evaluation.json", "*.png", "events.out.tfevents.*",
+    "*.tmp",
+)  # fmt: skip
 
 
 def claim(folder: Path, *, overwrite: bool) -> None:

@@ -1,5 +1,7 @@
 """Probes: perfect on what is separable, chance on noise, and kNN equal to a brute-force one."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -60,17 +62,34 @@ def test_noise_stays_at_chance() -> None:
         assert abs(accuracy - 20) < 7  # 300 test rows: one standard deviation is 2.3
 
 
-def test_knn_equals_a_brute_force_vote() -> None:
+@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.07), (20, 0.07), (200, 0.07), (200, 0.005), (500, 1.0)])
+def test_knn_equals_a_brute_force_vote(neighbours: int, temperature: float) -> None:
     f = mixed()
     right = 0
     for x, label in zip(f.test.double(), f.test_labels.tolist(), strict=True):
         cosine = torch.nn.functional.cosine_similarity(f.train.double(), x[None])
         votes = [0.0] * 5
-        for i in cosine.argsort(descending=True)[:20].tolist():
-            votes[f.train_labels[i]] += (cosine[i] / 0.07).exp().item()
+        for i in cosine.argsort(descending=True)[:neighbours].tolist():
+            votes[f.train_labels[i]] += (cosine[i] / temperature).exp().item()
         right += votes.index(max(votes)) == label
-    assert knn(f) == pytest.approx(100 * right / 300)
-    assert 40 < knn(f) < 95  # neither trivial
+    assert knn(f, neighbours=neighbours, temperature=temperature) == pytest.approx(100 * right / 300)
+    assert 40 < 100 * right / 300 < 95  # neither trivial
+
+
+def test_knn_takes_200_neighbours_and_weighs_them() -> None:
+    f = Features(  # 150 neighbours on one side, 51 nearer ones on the other
+        torch.tensor([[1.0, 0.1]] * 51 + [[1.0, 1.0]] * 150), torch.tensor([1] * 51 + [0] * 150),
+        torch.tensor([[1.0, 0.0]]), torch.tensor([1]),
+    )  # fmt: skip
+    assert knn(f) == 100  # 51 exp(0.995 / 0.07) > 149 exp(0.707 / 0.07)
+    assert knn(f, temperature=10.0) == 0  # nearly a count of heads
+    flipped = dataclasses.replace(f, test_labels=torch.tensor([0]))
+    assert knn(flipped, temperature=10.0) == 100
+    even = Features(  # 100 votes each, of nearly equal weight, until the 201st votes
+        torch.tensor([[1.0, 0.0]] * 101 + [[1.0, 1e-4]] * 100), torch.tensor([0] * 101 + [1] * 100),
+        torch.tensor([[0.0, 1.0]]), torch.tensor([1]),
+    )  # fmt: skip
+    assert knn(even) == 100 and knn(even, neighbours=201) == 0
 
 
 def test_few_label_probe_is_each_draw_by_itself() -> None:

@@ -213,6 +213,30 @@ def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
     assert control["probe"]["trained"]["few10"]["mean"] < real["probe"]["trained"]["few10"]["mean"]
 
 
+def test_a_run_without_training_keeps_its_random_weights(tmp_path: Path) -> None:
+    config = TrainConfig(method="moco", control="no-training", output=str(tmp_path / "run"), **SHORT | {"steps": 3})
+    result = train(config)
+    trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
+    untrained = loop._build(config, load_data(config))
+    for name, parameter in untrained.named_parameters():
+        close = (0.0, 0.0) if parameter.requires_grad else (1e-6, 1e-6)  # the key encoder: a lerp of equal numbers
+        torch.testing.assert_close(trained[name], parameter, atol=close[0], rtol=close[1])
+    assert not torch.equal(trained["loss.queue.features"], untrained.loss.queue.features)
+    assert result["control"] == "no-training"
+
+
+def test_a_frozen_queue_does_not_move_and_the_encoder_does(tmp_path: Path) -> None:
+    config = TrainConfig(
+        method="moco", queue_size=100, control="frozen-queue", output=str(tmp_path / "run"), **SHORT | {"steps": 3}
+    )
+    train(config)
+    trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
+    untrained = loop._build(config, load_data(config)).state_dict()
+    for name in ("loss.queue.features", "loss.queue.pointer"):
+        assert torch.equal(trained[name], untrained[name])
+    assert not torch.equal(trained["encoder.0.weight"], untrained["encoder.0.weight"])
+
+
 def test_a_folder_with_a_run_is_not_overwritten_unasked(short_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = short_run
     before = (folder / "result.json").read_bytes()
@@ -276,7 +300,8 @@ def test_a_missing_extra_is_named_before_training(
         ({"method": "dino"}, "one of simclr, moco"),
         ({"data": "mnist"}, "one of digits"),
         ({"encoder": "vgg"}, "one of conv"),
-        ({"control": "none"}, "one of shuffled-pairs"),
+        ({"control": "none"}, "one of shuffled-pairs, no-training, frozen-queue"),
+        ({"control": "frozen-queue"}, "'frozen-queue' for simclr; expected moco"),
         ({"steps": 0}, "steps = 0; expected 1 or more"),
         ({"threads": 0}, "threads = 0; expected 1 or more"),
         ({"temperature": 0.0}, "temperature = 0.0; expected a finite number above 0"),
