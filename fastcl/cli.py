@@ -1,4 +1,4 @@
-"""The command line: ``fastcl [info | selftest | bench | tune | train]``, or ``python -m fastcl``.
+"""The command line: ``fastcl [info | selftest | bench | tune | train | export]``, or ``python -m fastcl``.
 
 ``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
 and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
@@ -104,6 +104,13 @@ def _train(args: argparse.Namespace) -> int:
     return trainer.run(args)
 
 
+def _export(args: argparse.Namespace) -> int:
+    _check_folder("--to", args.to)
+    about = trainer.export(args.run, args.to)
+    print("\n".join([f"{args.to}:", *(f"  {name:<12}{value}" for name, value in about.items())]))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcl",
@@ -137,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an encoder on images, and probe it")
     trainer.add_arguments(train)
     train.set_defaults(execute=_train)
+
+    export = commands.add_parser("export", help="write the encoder of a run for torchvision, timm, ONNX or detectron2")
+    export.add_argument("run", metavar="RUN", help="folder of the run")
+    export.add_argument(
+        "--to", metavar="FILE", required=True, help="FILE.pt, FILE.safetensors, FILE.onnx or, for detectron2, FILE.pkl"
+    )
+    export.set_defaults(execute=_export)
     return parser
 
 
