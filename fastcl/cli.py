@@ -1,4 +1,4 @@
-"""The command line: ``fastcl [info | selftest | bench | tune | train | evaluate]``, or ``python -m fastcl``.
+"""The command line: ``fastcl [info | selftest | bench | tune | train | evaluate | export]``, or ``python -m fastcl``.
 
 ``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
 and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
@@ -113,6 +113,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    _check_folder("--to", args.to)
+    about = trainer.export(args.run, args.to)
+    print("\n".join([f"{args.to}:", *(f"  {name:<12}{value}" for name, value in about.items())]))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcl",
@@ -151,6 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(evaluate)
     _add_json(evaluate)
     evaluate.set_defaults(execute=_evaluate)
+
+    export = commands.add_parser("export", help="write the encoder of a run for torchvision, timm, ONNX or detectron2")
+    export.add_argument("run", metavar="RUN", help="folder of the run")
+    export.add_argument(
+        "--to", metavar="FILE", required=True, help="FILE.pt, FILE.safetensors, FILE.onnx or, for detectron2, FILE.pkl"
+    )
+    export.set_defaults(execute=_export)
     return parser
 
 

@@ -19,10 +19,11 @@ from typing import get_type_hints
 
 from .config import TrainConfig
 from .errors import TrainError
+from .export import export
 from .loop import resume, train
 from .report import table
 
-__all__ = ["TrainConfig", "TrainError", "add_arguments", "resume", "run", "table", "train"]
+__all__ = ["TrainConfig", "TrainError", "add_arguments", "export", "resume", "run", "table", "train"]
 
 _STDOUT = "-"
 
