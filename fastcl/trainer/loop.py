@@ -202,7 +202,7 @@ def _build(config: TrainConfig, data: Data) -> Method:
     _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder, features = build_encoder(config.encoder, channels, size)
+        encoder, features = build_encoder(config.encoder, channels, size, config.stem)
         method = METHODS[config.method](encoder, features, config)
     return method.to(memory_format=torch.channels_last)
 
