@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from .errors import TrainError
 
@@ -113,11 +113,16 @@ class TrainConfig:
         """Checked, and with everything filled in that depends on the method or the machine only.
 
         Raises:
-            TrainError: a choice that does not exist or a number out of range.
+            TrainError: a value of another type, a choice that does not exist or a number out of range.
         """
+        hints = get_type_hints(type(self))
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices and (value is not None or f.default is not None):
+            value, choices, hint = getattr(self, f.name), f.metadata["choices"], hints[f.name]
+            kinds = getattr(hint, "__args__", (hint,))
+            if type(value) not in kinds and not (type(value) is int and float in kinds):
+                expected = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+                raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
+            if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
         least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0}
         counts = (
