@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from .errors import TrainError
 
@@ -21,13 +21,37 @@ class TrainConfig:
     Equal configs give equal metrics, bit for bit, on one machine and one version of torch.
     """
 
-    method: str = _option("simclr", "what to train", "simclr", "moco", "byol", "simsiam", "supcon")
+    method: str = _option(
+        "simclr",
+        "what to train",
+        "simclr",
+        "moco",
+        "moco-v3",
+        "byol",
+        "simsiam",
+        "supcon",
+        "siamese",
+        "triplet",
+    )
     data: str = _option("digits", "data set", "digits", "fashion-mnist", "cifar10", "stl10", "imagefolder", "imagenet")
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
     image_size: int = _option(224, "pixels per side of imagefolder and imagenet images")
     encoder: str | None = _option(
         None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
+    )
+    stem: str = _option(
+        "imagenet",
+        "of a ResNet: imagenet, 7 x 7 pixels, or cifar, 3 x 3 without pooling, for images up to about 64",
+        "imagenet",
+        "cifar",
+    )
+    head: str = _option(
+        "mlp", "projection head of all but byol, moco-v3 and simsiam: mlp, or linear as in MoCo v1", "mlp", "linear"
+    )
+    dim: int = _option(64, "features that the loss sees")
+    hidden: int | None = _option(
+        None, "width of the hidden layer of heads (default: of the features; with BatchNorm at least twice --dim)"
     )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
@@ -64,8 +88,11 @@ class TrainConfig:
         False, "no weight decay of biases and normalisation layers (lars always leaves them out)"
     )
     temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
+    margin: float | None = _option(
+        None, "siamese: in distances (default: 1), triplet: in squared distances (default: 0.2) of unit vectors"
+    )
     queue_size: int = _option(1024, "moco: keys in the queue")
-    momentum: float = _option(0.99, "moco, byol: how much of the slowly moving encoder a step keeps")
+    momentum: float = _option(0.99, "moco, moco-v3, byol: how much of the slowly moving encoder a step keeps")
     momentum_schedule: str = _option(
         "constant", "of --momentum: constant, or cosine, which ends at 1 (BYOL)", "constant", "cosine"
     )
@@ -89,11 +116,16 @@ class TrainConfig:
         """Checked, and with everything filled in that depends on the method or the machine only.
 
         Raises:
-            TrainError: a choice that does not exist or a number out of range.
+            TrainError: a value of another type, a choice that does not exist or a number out of range.
         """
+        hints = get_type_hints(type(self))
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices and (value is not None or f.default is not None):
+            value, choices, hint = getattr(self, f.name), f.metadata["choices"], hints[f.name]
+            kinds = getattr(hint, "__args__", (hint,))
+            if type(value) not in kinds and not (type(value) is int and float in kinds):
+                expected = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+                raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
+            if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
         least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0}
         counts = (
@@ -103,6 +135,8 @@ class TrainConfig:
             "chunk",
             "accumulate",
             "queue_size",
+            "dim",
+            "hidden",
             "image_size",
             "checkpoint_every",
             "probe_every",
@@ -124,6 +158,8 @@ class TrainConfig:
         for name, value in (("learning_rate", self.learning_rate), ("temperature", self.temperature)):
             if not 0 < value < math.inf:
                 raise TrainError(f"got {name} = {value}; expected a finite number above 0. Choose another.")
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            raise TrainError(f"got margin = {self.margin}; expected a finite number, 0 or more. Distances end at 2.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
         if self.control == "frozen-queue" and self.method != "moco":

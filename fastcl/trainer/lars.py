@@ -20,7 +20,7 @@ class LARS(torch.optim.Optimizer):
 
     The trust ratio :math:`\lambda` is 1 where w or g is zero, and in groups with ``adapt=False``: SimCLR (Chen et al.
     2020, arXiv:2002.05709, section 2.2) leaves biases and normalisation alone, which such a group without weight decay
-    does.
+    does; its code divides by :math:`\|g + \beta w\|`, which its small :math:`\beta` makes nearly the same.
 
     Args:
         params: parameters, or groups with ``lr``, ``momentum``, ``weight_decay``, ``trust`` and ``adapt`` of their own.

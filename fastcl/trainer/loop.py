@@ -207,7 +207,7 @@ def _build(config: TrainConfig, data: Data) -> Method:
     _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder, features = build_encoder(config.encoder, channels, size)
+        encoder, features = build_encoder(config.encoder, channels, size, config.stem)
         method = METHODS[config.method](encoder, features, config)
     if config.control == "frozen-queue":
         method.loss.eval()  # MoCoLoss moves its queue in training mode only

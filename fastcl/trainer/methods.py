@@ -11,12 +11,19 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..losses import BYOLLoss, MoCoLoss, NegativeCosineLoss, NTXentLoss, SupConLoss
+from ..losses import (
+    BatchTripletLoss,
+    BYOLLoss,
+    MoCoLoss,
+    MoCoV3Loss,
+    NegativeCosineLoss,
+    NTXentLoss,
+    SiameseLoss,
+    SupConLoss,
+)
 from ..pairwise import l2_normalize
 from .config import TrainConfig
 from .models import projection_head
-
-DIM = 64  # features that the loss sees
 
 
 class Method(nn.Module):
@@ -34,7 +41,7 @@ class Method(nn.Module):
         """Before the embeddings of every step."""
 
     def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Two views ``(B, C, H, W)`` to embeddings ``(B, DIM)``; one pass over both, so BatchNorm sees both."""
+        """Two views ``(B, C, H, W)`` to embeddings ``(B, dim)``; one pass over both, so BatchNorm sees both."""
         raise NotImplementedError
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ class SimCLR(Method):
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, DIM)
+        self.head = _plain_head(features, config)
         self.loss = NTXentLoss(config.temperature)
 
     def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
@@ -82,17 +89,20 @@ class SupCon(SimCLR):
 
 
 class MoCo(Method):
-    """MoCo (He et al. 2020, arXiv:1911.05722) with v2's head: a query, a key by a slowly moving copy, and a queue."""
+    """MoCo (He et al. 2020, arXiv:1911.05722): a query, a key by a slowly moving copy, and a queue.
+
+    With a linear head it is version 1, with an MLP version 2 (Chen et al. 2020, arXiv:2003.04297).
+    """
 
     loss: MoCoLoss
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, DIM)
+        self.head = _plain_head(features, config)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.loss = MoCoLoss(DIM, config.queue_size, config.temperature)
+        self.loss = MoCoLoss(config.dim, config.queue_size, config.temperature)
         self.momentum = config.momentum
 
     def begin_step(self) -> None:
@@ -121,8 +131,8 @@ class BYOL(Method):
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, DIM, norm=True)
-        self.predictor = projection_head(DIM, DIM, norm=True)
+        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden)
+        self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         self.loss = BYOLLoss()
@@ -151,14 +161,35 @@ class BYOL(Method):
         return loss
 
 
+class MoCoV3(BYOL):
+    """MoCo v3 (Chen et al. 2021, arXiv:2104.02057): BYOL's networks, InfoNCE over the batch both ways, and no queue.
+
+    The projection ends with BatchNorm that learns nothing, as in the paper's code for ResNets.
+    """
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__(encoder, features, config)
+        for head in (self.head, self.target_head):
+            head.append(nn.BatchNorm1d(config.dim, affine=False))
+        self.loss = MoCoV3Loss(config.temperature)
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = self.loss(*embeddings)
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = functions.moco_v3(*map(l2_normalize, embeddings), temperature=self.loss.temperature)
+        return loss
+
+
 class SimSiam(Method):
     """SimSiam (Chen & He 2021, arXiv:2011.10566): BYOL whose target is the network itself, without gradient."""
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, DIM, norm=True)
-        self.predictor = projection_head(DIM, DIM, norm=True)
+        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden)
+        self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.loss = NegativeCosineLoss()
 
     def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
@@ -177,6 +208,67 @@ class SimSiam(Method):
         return loss
 
 
+class Siamese(SimCLR):
+    """A siamese network (Hadsell et al. 2006, doi:10.1109/CVPR.2006.100) that needs no labels.
+
+    Two views of an image are a similar pair; a view and the other view of the batch's neighbour, whose order is random,
+    a dissimilar one, which a margin pushes apart.
+    """
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__(encoder, features, config)
+        self.loss = SiameseLoss(1.0 if config.margin is None else config.margin)
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = self.loss(*self._pairs(*embeddings))
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        pairs = self._pairs(*map(l2_normalize, embeddings))
+        loss: Tensor = functions.siamese(*pairs, margin=self.loss.margin)
+        return loss
+
+    @staticmethod
+    def _pairs(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        similar = torch.ones(len(z0), dtype=torch.long, device=z0.device)
+        return torch.cat([z0, z0]), torch.cat([z1, z1.roll(1, 0)]), torch.cat([similar, 1 - similar])
+
+
+class Triplet(SimCLR):
+    """FaceNet's loss (Schroff et al. 2015, arXiv:1503.03832, section 3.2) of views: an image is a class of its own.
+
+    The positive of a view is the other one; its negative is semi-hard among all views of the batch: the nearest that is
+    no nearer than the positive, or else the furthest.
+    """
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__(encoder, features, config)
+        margin = 0.2 if config.margin is None else config.margin
+        self.loss = BatchTripletLoss(margin, mining="semi-hard", distance="squared")
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        loss: Tensor = self.loss(torch.cat(embeddings), self._images(labels))
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        z = l2_normalize(torch.cat(embeddings))
+        loss: Tensor = functions.triplet_semi_hard(
+            z, self._images(labels), margin=self.loss.margin, distance=self.loss.distance
+        )
+        return loss
+
+    @staticmethod
+    def _images(labels: Tensor) -> Tensor:
+        return torch.arange(len(labels), device=labels.device).repeat(2)
+
+
+def _plain_head(features: int, config: TrainConfig) -> nn.Module:
+    """A projection without BatchNorm: linear (MoCo v1), or with a hidden layer."""
+    if config.head == "linear":
+        return nn.Linear(features, config.dim)
+    return projection_head(features, config.dim, hidden=config.hidden)
+
+
 @torch.no_grad()
 def _follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     for of_slow, of_fast in zip(slow.parameters(), fast.parameters(), strict=True):
@@ -184,5 +276,6 @@ def _follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
 
 METHODS: dict[str, type[Method]] = {
-    "simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
+    "simclr": SimCLR, "moco": MoCo, "moco-v3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
+    "siamese": Siamese, "triplet": Triplet,
 }  # fmt: skip

@@ -13,8 +13,12 @@ from .errors import need
 _READ_AT_ONCE = 512  # images per forward pass where no gradient is needed
 
 
-def build_encoder(name: str | None, channels: int, size: int) -> tuple[nn.Module, int]:
+def build_encoder(name: str | None, channels: int, size: int, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An encoder ``(B, C, H, W) -> (B, F)`` and F, with random weights from torch's global generator.
+
+    Args:
+        stem: how a ResNet begins: ``"imagenet"``, or ``"cifar"``, a 3 x 3 convolution without stride and no pooling
+            (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.9).
 
     Raises:
         MissingPackage: a ResNet is asked for and torchvision is not there.
@@ -26,20 +30,24 @@ def build_encoder(name: str | None, channels: int, size: int) -> tuple[nn.Module
         "torchvision.models", f"--encoder {name}", "Install it: pip install torchvision, or use --encoder conv."
     )
     encoder = getattr(models, name)(weights=None)
-    if channels != 3:
+    if stem == "cifar":
+        encoder.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+        encoder.maxpool = nn.Identity()
+    elif channels != 3:
         encoder.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
     return encoder, features
 
 
-def projection_head(features: int, dim: int, *, norm: bool = False) -> nn.Module:
+def projection_head(features: int, dim: int, *, norm: bool = False, hidden: int | None = None) -> nn.Sequential:
     """One hidden layer (SimCLR, section 4.2; MoCo v2, arXiv:2003.04297): ``(B, F) -> (B, dim)``.
 
     Args:
         norm: BatchNorm in it, and a hidden layer of at least twice ``dim`` (BYOL, section 3.3, on a smaller scale).
+        hidden: width of the hidden layer, where it is not that.
     """
-    hidden = max(features, 2 * dim) if norm else features
+    hidden = hidden or (max(features, 2 * dim) if norm else features)
     between = [nn.BatchNorm1d(hidden)] if norm else []
     return nn.Sequential(nn.Linear(features, hidden), *between, nn.ReLU(), nn.Linear(hidden, dim))
 

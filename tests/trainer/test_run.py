@@ -310,6 +310,13 @@ def test_a_missing_extra_is_named_before_training(
         ({"lr_scaling": "cubic"}, "one of none, linear, sqrt"),
         ({"lr_schedule": "flat"}, "one of cosine, steps"),
         ({"momentum_schedule": "flat"}, "one of constant, cosine"),
+        ({"steps": "10"}, "steps = '10'; expected int"),
+        ({"chunk": 8.0}, "chunk = 8.0; expected int or None"),
+        ({"head": "cubic"}, "one of mlp, linear"),
+        ({"stem": "tiny"}, "one of imagenet, cifar"),
+        ({"dim": 0}, "dim = 0; expected 1 or more"),
+        ({"hidden": 0}, "hidden = 0; expected 1 or more"),
+        ({"margin": -1.0}, "margin = -1.0; expected a finite number, 0 or more"),
         ({"precision": "fp8"}, "one of fp32, bf16, fp16"),
         ({"accumulate": 0}, "accumulate = 0; expected 1 or more"),
         ({"accumulate": 3}, "accumulate = 3 for a batch size of 256; expected equal micro-batches"),
@@ -362,7 +369,7 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 def test_flags_and_fields_have_the_same_defaults_and_types() -> None:
-    assert not [name for name in vars(parse()) if name not in ("resume", "json")]
+    assert not [name for name in vars(parse()) if name not in ("resume", "preset", "config", "set", "json")]
     args = parse("--steps", "3", "--temperature", "0.1", "--download", "--data-dir", "x", "--threads", "2")
     assert (args.steps, args.temperature, args.download, args.data_dir, args.threads) == (3, 0.1, True, "x", 2)
 
