@@ -23,6 +23,7 @@ from .errors import TrainError
 from .export import export
 from .loop import resume, train
 from .presets import PRESETS, Preset, preset
+from .ranks import launched
 from .report import table
 
 __all__ = [
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Continue with: fastcl train --resume {folder}", file=sys.stderr)
         return 130
+    if not launched().first:
+        return 0
     text = json.dumps(result, indent=2)
     if args.json == _STDOUT:
         print(text)

@@ -31,23 +31,27 @@ class Augmentation:
     flip: float = 0.0
     grey: float = 0.0
 
-    def two_views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def two_views(
+        self, images: Tensor, generator: torch.Generator, rows: Tensor | None = None, of: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Two views of each image, drawn independently.
 
         Args:
             images: ``(B, C, H, W)``, 0 to 1, on any device.
             generator: on the CPU; its state alone decides the views.
+            rows: ``(B,)``; the images are these rows of a batch of ``of``, and get the views that they get there.
 
         Returns:
             Twice ``(B, C, H, W)``, 0 to 1.
         """
-        return self._view(images, generator), self._view(images, generator)
+        rows, of = (torch.arange(len(images)), len(images)) if rows is None else (rows, of)
+        return self._view(images, generator, rows, of), self._view(images, generator, rows, of)
 
-    def _view(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _view(self, images: Tensor, generator: torch.Generator, rows: Tensor, of: int) -> Tensor:
         batch = len(images)
 
         def uniform(low: float, high: float) -> Tensor:
-            return torch.rand(batch, generator=generator) * (high - low) + low
+            return torch.rand(of, generator=generator)[rows] * (high - low) + low
 
         # Crop, mirror and rotation are one affine map from places in the view to places in the image, both -1 to 1.
         area, log_aspect = uniform(*self.area), uniform(-math.log(self.aspect), math.log(self.aspect))

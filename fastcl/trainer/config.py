@@ -70,6 +70,9 @@ class TrainConfig:
     optimizer: str = _option(
         "adamw", "adamw; sgd, with momentum 0.9; or lars, sgd for thousands of images per step", "adamw", "sgd", "lars"
     )
+    sync_batchnorm: bool = _option(
+        False, "BatchNorm over the rows of all ranks (of torchrun, on GPUs); else each sees its own"
+    )
     learning_rate: float = _option(3e-3, "peak learning rate, before --lr-scaling")
     lr_scaling: str = _option(
         "none", "of the learning rate: linear times batch size / 256, sqrt times its root", "none", "linear", "sqrt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grad_cache import cached_embeddings
 from .methods import Method
@@ -15,6 +15,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_gradients(
     method: Method,
+    network: nn.Module,
     views: tuple[Tensor, Tensor],
     labels: Tensor,
     *,
@@ -30,6 +31,8 @@ def add_gradients(
     embeddings in whatever dtype they hand it.
 
     Args:
+        method: whose loss it is.
+        network: what makes the embeddings: the method, or what averages its gradients over ranks.
         views: ``(B, C, H, W)`` each.
         labels: ``(B,)``.
         chunk: images whose activations are held at once; None for all.
@@ -42,7 +45,7 @@ def add_gradients(
     """
     device = labels.device
     with torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES):
-        embeddings = cached_embeddings(method, [views], chunk_size=chunk)[0] if chunk else method(*views)
+        embeddings = cached_embeddings(network, [views], chunk_size=chunk)[0] if chunk else network(*views)
     leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
     began = now(device)
     loss = method.objective(labels, *leaves)

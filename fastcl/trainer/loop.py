@@ -9,12 +9,12 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional, reference
 from .._measure import peak_bytes
@@ -32,6 +32,7 @@ from .models import build_encoder, calibrated
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .probe import Prober
 from .progress import Progress
+from .ranks import Ranks, joined
 from .run_folder import COLUMNS, claim, metrics_log
 
 _FINAL = 50  # the loss of a run is the mean of its last steps, this many
@@ -49,7 +50,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             loss stopped being a number.
     """
     config = config.resolved()
-    return _run(config, Path(str(config.output)), None)
+    with joined(config) as ranks:
+        return _run(config, Path(str(config.output)), None, ranks)
 
 
 def resume(folder: Path | str) -> dict[str, Any]:
@@ -65,10 +67,12 @@ def resume(folder: Path | str) -> dict[str, Any]:
         finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return finished
     state = load_checkpoint(folder / "checkpoint.pt")
-    return _run(TrainConfig(**state["config"]), folder, state)
+    config = TrainConfig(**state["config"])
+    with joined(config) as ranks:
+        return _run(config, folder, state, ranks)
 
 
-def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dict[str, Any]:
+def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
     events = need("torch.utils.tensorboard", "the event log")
@@ -87,10 +91,10 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
         history: list[dict[str, Any]] = []
         if config.compile:
             method.compile()  # what the loop calls; the probes call the encoder alone, as it is
-        if state is None:
+        if state is None and ranks.first:
             claim(folder, overwrite=config.overwrite)
             write_json(folder / "config.json", dataclasses.asdict(config))
-        else:
+        if state is not None:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled():
@@ -98,21 +102,25 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
             start, history = state["step"], state["history"]
             seconds, loss_seconds = state["seconds"], state["loss_seconds"]
 
-        with (
-            metrics_log(folder / "metrics.csv", history) as log,
-            events.SummaryWriter(str(folder), purge_step=start + 1) as board,
-            Progress(config.steps, start) as progress,
-        ):
+        parallel = ranks.parallel(method, config)
+
+        with ExitStack() as stack:
+            if ranks.first:
+                log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
+                board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
+                progress = stack.enter_context(Progress(config.steps, start))
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
-                views, labels = _batch(config, data, step, device)
+                views, labels = _batch(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(
-                    method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler
-                )
+                    method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler,
+                    parallel,
+                )  # fmt: skip
+                loss = ranks.mean(loss, device)
                 loss_seconds += spent
                 seconds += now(device) - began
                 if not math.isfinite(loss):
@@ -120,6 +128,8 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                         f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
                         f"--temperature. The last checkpoint is in {folder}."
                     )
+                if not ranks.first:
+                    continue
                 row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
@@ -149,7 +159,11 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
                             "history": history,
                         },
                     )
-        return _finish(config, folder, data, prober, method, history, seconds, loss_seconds)
+        result = None
+        if ranks.first:
+            result = _finish(config, folder, data, prober, method, history, seconds, loss_seconds)
+        finished: dict[str, Any] = ranks.told(result)
+        return finished
 
 
 def _step(
@@ -162,30 +176,38 @@ def _step(
     accumulate: int = 1,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    parallel: nn.Module | None = None,
 ) -> tuple[float, float]:
-    """One optimizer step: the mean loss of its micro-batches, and the seconds that the loss itself took."""
+    """One optimizer step: the mean loss of its micro-batches, and the seconds that the loss itself took.
+
+    ``parallel`` is called in place of the method, where there are other ranks.
+    """
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     optimizer.zero_grad()
     method.begin_step()
     size = len(labels) // accumulate
     parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
-    done = [
-        add_gradients(
-            method, (view0, view1), part, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate
-        )
-        for view0, view1, part in parts
-    ]
+    done = []
+    for view0, view1, part in parts:
+        given = method, parallel or method, (view0, view1), part
+        done.append(add_gradients(*given, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate))
     scaler.step(optimizer)
     scaler.update()
     return sum(loss for loss, _ in done) / accumulate, sum(seconds for _, seconds in done)
 
 
-def _batch(config: TrainConfig, data: Data, step: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels."""
+def _batch(
+    config: TrainConfig, data: Data, step: int, device: torch.device, rows: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels.
+
+    Of the whole batch, or of some rows of it.
+    """
+    rows = torch.arange(config.batch_size) if rows is None else rows
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
-    at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
+    at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
-    view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step))
+    view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
     if config.control == "shuffled-pairs":
         view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
     return (view0, view1), data.train.labels[at].to(device)

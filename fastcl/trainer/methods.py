@@ -241,13 +241,15 @@ class Triplet(SimCLR):
     no nearer than the positive, or else the furthest.
     """
 
+    loss: BatchTripletLoss
+
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__(encoder, features, config)
         margin = 0.2 if config.margin is None else config.margin
         self.loss = BatchTripletLoss(margin, mining="semi-hard", distance="squared")
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        loss: Tensor = self.loss(torch.cat(embeddings), self._images(labels))
+        loss: Tensor = self.loss(torch.cat(embeddings), self.loss._numbered(self._images(labels)))
         return loss
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:

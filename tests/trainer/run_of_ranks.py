@@ -1,0 +1,34 @@
+"""A short run for ``test_ranks.py``, of one process or of those of torchrun, with an encoder that never mixes rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from torch import Tensor, nn
+
+from fastcl.trainer import TrainConfig, loop, train
+
+
+class _Double(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.double()
+
+
+def build(name: str | None, channels: int, size: int, stem: str = "imagenet") -> tuple[nn.Module, int]:
+    layers = [nn.Conv2d(channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()]
+    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return (nn.Sequential(_Double(), encoder.double()) if sys.argv[2] == "float64" else encoder), 64
+
+
+def heads_in_double(build_method: object) -> object:
+    def built(*args: object) -> object:
+        method = build_method(*args)  # type: ignore[operator]
+        return method.double() if sys.argv[2] == "float64" else method
+
+    return built
+
+
+loop.build_encoder = build
+loop._build = heads_in_double(loop._build)
+train(TrainConfig(output=sys.argv[1], **json.loads(sys.argv[3])))

@@ -1,0 +1,51 @@
+"""Two ranks train what one process trains."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcl.trainer import TrainConfig, TrainError, train
+
+from ..processes import together
+
+SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
+RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}
+CASES = {  # further options, dtype, largest relative distance of the weights
+    "simclr": ({}, "float64", 1e-12),
+    "moco": ({}, "float64", 1e-12),
+    "supcon": ({"accumulate": 2}, "float64", 1e-12),
+    "triplet": ({}, "float64", 1e-12),
+    "simclr, fp32, chunks": ({"chunk": 8, "optimizer": "sgd", "learning_rate": 0.05}, "float32", 1e-6),
+}
+
+
+@pytest.mark.parametrize("method", list(CASES))
+def test_two_ranks_reach_the_weights_of_one_process(method: str, tmp_path: Path) -> None:
+    options, dtype, tolerance = CASES[method]
+    given = [dtype, json.dumps(RUN | options | {"method": method.partition(",")[0]})]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for code, text in together([[SCRIPT, str(one), *given], [*torchrun, SCRIPT, str(two), *given]], 120):
+        assert code == 0, text[-3000:]
+    weights = [torch.load(run / "checkpoint.pt", weights_only=True)["method"] for run in (one, two)]
+    for name, want in weights[0].items():
+        distance = (weights[1][name].double() - want.double()).norm()
+        assert distance <= tolerance * max(float(want.double().norm()), 1.0), name
+    losses = [[float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").open())] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=max(tolerance, 1e-7))
+
+
+def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(TrainError, match="48 for 5 ranks; expected a multiple"):
+        train(TrainConfig(batch_size=48))
+
+
+def test_batchnorm_across_ranks_wants_gpus() -> None:
+    with pytest.raises(TrainError, match="sync_batchnorm on the CPU"):
+        train(TrainConfig(sync_batchnorm=True))
