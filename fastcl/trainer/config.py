@@ -29,6 +29,9 @@ class TrainConfig:
     encoder: str | None = _option(
         None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
     )
+    init: str | None = _option(
+        None, "where the encoder starts: torchvision:resnet18, torchvision:resnet50, or a file of fastcl export"
+    )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
     chunk: int | None = _option(

@@ -27,6 +27,7 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
+from .export import start_from
 from .methods import METHODS, Method
 from .models import build_encoder, calibrated
 from .probe import Prober
@@ -79,7 +80,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None) -> dic
         )
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
-        method = _build(config, data).to(device)
+        method = _build(config, data, config.init if state is None else None).to(device)
         optimizer = torch.optim.AdamW(
             [p for p in method.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
         )
@@ -197,12 +198,14 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps + 1 - warmup)))
 
 
-def _build(config: TrainConfig, data: Data) -> Method:
-    """The method with the weights of the seed; the global generator is left as it was."""
+def _build(config: TrainConfig, data: Data, init: str | None = None) -> Method:
+    """The method with the weights of the seed, and of ``init``; the global generator is left as it was."""
     _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder, features = build_encoder(config.encoder, channels, size)
+        if init:
+            start_from(encoder, init)  # before a method copies the encoder
         method = METHODS[config.method](encoder, features, config)
     return method.to(memory_format=torch.channels_last)
 
