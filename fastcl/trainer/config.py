@@ -53,6 +53,9 @@ class TrainConfig:
     hidden: int | None = _option(
         None, "width of the hidden layer of heads (default: of the features; with BatchNorm at least twice --dim)"
     )
+    init: str | None = _option(
+        None, "where the encoder starts: torchvision:resnet18, torchvision:resnet50, or a file of fastcl export"
+    )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
     chunk: int | None = _option(

@@ -66,7 +66,7 @@ def trained_encoder(run: Path | str) -> tuple[nn.Module, dict[str, str]]:
     name = config.encoder or _architecture(weights) or "conv"
     stem = next(value for value in weights.values() if value.ndim == 4)
     with torch.random.fork_rng(devices=[]):
-        encoder, features = build_encoder(name, stem.shape[1], config.image_size)
+        encoder, features = build_encoder(name, stem.shape[1], config.image_size, config.stem)
     encoder.load_state_dict(weights)
     channels = stem.shape[1]
     about = {
@@ -83,6 +83,20 @@ def trained_encoder(run: Path | str) -> tuple[nn.Module, dict[str, str]]:
         "fastcl": __version__,
     }
     return encoder.eval(), about
+
+
+def start_from(encoder: nn.Module, init: str) -> None:
+    """Give ``encoder`` the weights that ``--init`` names: ``torchvision:resnet18`` or a file of :func:`export`.
+
+    Those of torchvision expect images less ImageNet's mean and over its deviation. Here that is left to the first
+    BatchNorm, whose statistics training takes anew: they are good to start from, not to use as they are.
+
+    Raises:
+        TrainError: the weights cannot be had or read, or do not fit; the message lists what differs.
+    """
+    library, _, name = init.partition(":")
+    weights = _pretrained(name) if library == "torchvision" else read_weights(init)
+    load_weights(encoder, weights, f"--init {init}")
 
 
 def read_weights(file: Path | str) -> dict[str, Tensor]:
@@ -218,6 +232,24 @@ _WRITERS: dict[str, Callable[[nn.Module, Mapping[str, str]], bytes]] = {
 def _weights(encoder: nn.Module) -> dict[str, Tensor]:
     """A plain state dict; contiguous, where training had channels last."""
     return {name: value.contiguous() for name, value in encoder.state_dict().items()}
+
+
+def _pretrained(name: str) -> dict[str, Tensor]:
+    if name not in RESNETS:
+        raise TrainError(
+            f"got --init torchvision:{name}; expected one of {', '.join(RESNETS)} after torchvision:. Choose one."
+        )
+    models = need("torchvision.models", f"--init torchvision:{name}", "Install it: pip install torchvision.")
+    chosen = models.get_model_weights(name).DEFAULT
+    try:
+        weights: dict[str, Tensor] = chosen.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, or a damaged download
+        reason = str(error).partition("\n")[0]
+        raise TrainError(
+            f"torchvision's weights {chosen.url} cannot be had ({reason}). Where there is no network, put that file "
+            f"into {Path(torch.hub.get_dir()) / 'checkpoints'}, or start from a file: --init FILE.pt"
+        ) from error
+    return weights
 
 
 def _architecture(weights: Mapping[str, Tensor]) -> str | None:

@@ -26,6 +26,7 @@ from .collapse import MONITORS, monitors
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
+from .export import start_from
 from .gradients import add_gradients, now
 from .methods import METHODS, Method
 from .models import build_encoder, calibrated
@@ -84,7 +85,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
         )
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
-        method = _build(config, data).to(device)
+        method = _build(config, data, config.init if state is None else None).to(device)
         optimizer = build_optimizer(config, method)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         start, seconds, loss_seconds = 0, 0.0, 0.0
@@ -224,12 +225,14 @@ def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _build(config: TrainConfig, data: Data) -> Method:
-    """The method with the weights of the seed; the global generator is left as it was."""
+def _build(config: TrainConfig, data: Data, init: str | None = None) -> Method:
+    """The method with the weights of the seed, and of ``init``; the global generator is left as it was."""
     _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder, features = build_encoder(config.encoder, channels, size, config.stem)
+        if init:
+            start_from(encoder, init)  # before a method copies the encoder
         method = METHODS[config.method](encoder, features, config)
     if config.control == "frozen-queue":
         method.loss.eval()  # MoCoLoss moves its queue in training mode only

@@ -47,8 +47,8 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     """One batch is NaN in step 13; without it the run goes on from step 8 as if nothing had been."""
     batch = loop._batch
 
-    def poisoned(config: Any, data: Any, step: int, device: Any) -> Any:
-        views, labels = batch(config, data, step, device)
+    def poisoned(config: Any, data: Any, step: int, *rest: Any) -> Any:
+        views, labels = batch(config, data, step, *rest)
         if step == 13:
             views[0][3] = math.nan
         return views, labels
