@@ -7,8 +7,7 @@ import functools
 import hashlib
 import json
 import math
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference
-from .._measure import peak_bytes
-from .._version import __version__
-from ..backends import native
-from . import report
 from .checkpoint import load_checkpoint, save_checkpoint, write_json
-from .collapse import MONITORS, monitors
+from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
 from .export import start_from
 from .gradients import add_gradients, now
 from .methods import METHODS, Method
-from .models import build_encoder, calibrated
+from .models import build_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
+from .outcome import finish
 from .probe import Prober
 from .progress import Progress
 from .ranks import Ranks, joined
 from .run_folder import COLUMNS, claim, metrics_log
-
-_FINAL = 50  # the loss of a run is the mean of its last steps, this many
-_DENSE = 1024  # images; the matrix of a larger batch need not fit where the run did
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -162,7 +154,9 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                     )
         result = None
         if ranks.first:
-            result = _finish(config, folder, data, prober, method, history, seconds, loss_seconds)
+            untrained = _build(config, data).to(device).encoder
+            batch = _batch(config, data, config.steps, device)
+            result = finish(config, folder, data, prober, method, untrained, batch, history, seconds, loss_seconds)
         finished: dict[str, Any] = ranks.told(result)
         return finished
 
@@ -237,65 +231,6 @@ def _build(config: TrainConfig, data: Data, init: str | None = None) -> Method:
     if config.control == "frozen-queue":
         method.loss.eval()  # MoCoLoss moves its queue in training mode only
     return method.to(memory_format=torch.channels_last)
-
-
-def _finish(
-    config: TrainConfig,
-    folder: Path,
-    data: Data,
-    prober: Prober,
-    method: Method,
-    history: list[dict[str, Any]],
-    seconds: float,
-    loss_seconds: float,
-) -> dict[str, Any]:
-    """Probe, measure, plot; ``result.json`` comes last: where it is, the run is complete."""
-    device = _device(config.device)
-    untrained = _build(config, data).to(device).encoder
-    features = {
-        "raw": prober.features(None, device),
-        "random": prober.features(calibrated(untrained, data.train, prober.train_at, device), device),
-        "trained": prober.features(method.encoder, device),
-    }
-    probe = {name: prober.all(f) for name, f in features.items()}
-    final = [row["loss"] for row in history[-_FINAL:]]
-    views, labels = _batch(config, data, config.steps, device)
-    labels = labels[:_DENSE]
-    result = {
-        "method": config.method,
-        "dataset": config.data,
-        "seed": config.seed,
-        "steps": config.steps,
-        "loss": sum(final) / len(final),
-        "seconds": seconds,
-        "loss_share": loss_seconds / seconds,
-        "probe": probe,
-        "embeddings": {name: history[-1].get(name) for name in MONITORS},
-        "loss_peak_images": len(labels),
-        "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
-        "control": config.control,
-        "threads": config.threads,
-        "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    report.plot_loss(folder / "loss.png", history)
-    report.plot_probe(folder / "probe.png", history, probe)
-    report.plot_embedding(
-        folder / "embedding.png", features["trained"].test, features["trained"].test_labels, data.classes
-    )
-    write_json(folder / "result.json", result)
-    return result
-
-
-def _loss_peak_bytes(method: Method, views: Sequence[Tensor], labels: Tensor) -> dict[str, int]:
-    """Peak memory in bytes of the loss, forward and backward, fused and dense, on the same embeddings of one batch."""
-    embeddings = [e.detach().requires_grad_(e.requires_grad) for e in method(*views)]
-
-    def peak(functions: Any) -> int:
-        leaves = [e.detach().clone().requires_grad_(e.requires_grad) for e in embeddings]
-        native.release_workspace()  # so that taking it is counted
-        return peak_bytes(lambda: method.formula(functions, labels, *leaves).backward(), labels.device)
-
-    return {"fastcl": peak(functional), "dense": peak(reference)}
 
 
 @contextmanager
