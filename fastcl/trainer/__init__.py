@@ -21,9 +21,10 @@ from .config import TrainConfig
 from .errors import TrainError
 from .export import export
 from .loop import resume, train
+from .page import write_page
 from .report import table
 
-__all__ = ["TrainConfig", "TrainError", "add_arguments", "export", "resume", "run", "table", "train"]
+__all__ = ["TrainConfig", "TrainError", "add_arguments", "export", "resume", "run", "table", "train", "write_page"]
 
 _STDOUT = "-"
 

@@ -13,7 +13,16 @@ from .checkpoint import write_atomically
 from .errors import TrainError
 
 COLUMNS = ("step", "loss", "learning_rate", "knn", "few10")  # no times: equal runs write equal files
-_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "result.json", "*.png", "events.out.tfevents.*", "*.tmp")
+_FILES = (
+    "config.json",
+    "checkpoint.pt",
+    "metrics.csv",
+    "result.json",
+    "report.html",
+    "*.png",
+    "events.out.tfevents.*",
+    "*.tmp",
+)
 
 
 def claim(folder: Path, *, overwrite: bool) -> None:
