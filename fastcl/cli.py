@@ -1,4 +1,5 @@
-"""The command line: ``fastcl [info | selftest | bench | tune | train | evaluate | export]``, or ``python -m fastcl``.
+"""The command line: ``fastcl [info | selftest | bench | tune | train | evaluate | export | report]``, also
+``python -m fastcl``.
 
 ``--json`` means the same everywhere: without FILE, JSON is printed in place of the text; with FILE, it is written there
 and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mistake, told in one line on stderr
@@ -120,6 +121,11 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    print(trainer.write_page(args.run))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcl",
@@ -165,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
         "--to", metavar="FILE", required=True, help="FILE.pt, FILE.safetensors, FILE.onnx or, for detectron2, FILE.pkl"
     )
     export.set_defaults(execute=_export)
+
+    report = commands.add_parser(
+        "report", help="write report.html into the folder of a finished run: one page, complete"
+    )
+    report.add_argument("run", metavar="RUN", help="folder of the run")
+    report.set_defaults(execute=_report)
     return parser
 
 

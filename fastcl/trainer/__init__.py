@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .errors import TrainError
 from .export import export
 from .loop import resume, train
+from .page import write_page
 from .presets import PRESETS, Preset, preset
 from .ranks import launched
 from .report import table
@@ -39,6 +40,7 @@ __all__ = [
     "run",
     "table",
     "train",
+    "write_page",
 ]
 
 _STDOUT = "-"

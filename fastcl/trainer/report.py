@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -43,15 +43,15 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot_loss(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+def plot_loss(path: Path | IO[bytes], history: Sequence[Mapping[str, Any]]) -> None:
     """Loss against step."""
     figure, axes = _figure()
     axes.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=1)
     axes.set(xlabel="step", ylabel="loss", title="training loss")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
-def plot_probe(path: Path, history: Sequence[Mapping[str, Any]], probe: Mapping[str, Any]) -> None:
+def plot_probe(path: Path | IO[bytes], history: Sequence[Mapping[str, Any]], probe: Mapping[str, Any]) -> None:
     """Probes of the encoder against step, and what raw pixels and random weights reach."""
     figure, axes = _figure()
     probed = [row for row in history if row["few10"] is not None]
@@ -64,10 +64,10 @@ def plot_probe(path: Path, history: Sequence[Mapping[str, Any]], probe: Mapping[
             )
     axes.set(xlabel="step", ylabel="held-out accuracy, %", title="probes")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
-def plot_embedding(path: Path, features: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+def plot_embedding(path: Path | IO[bytes], features: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     """The held-out images' features ``(N, F)`` on their first two principal components, one colour per class."""
     centred = features - features.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -78,7 +78,23 @@ def plot_embedding(path: Path, features: Tensor, labels: Tensor, classes: Sequen
         handles, _ = shown.legend_elements(num=None)
         axes.legend(handles, classes, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel="first component", ylabel="second component", title="held-out images, principal components")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
+
+
+def plot_neighbours(path: Path | IO[bytes], images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """A row for each image ``(Q, 1 + K, C, H, W)``, 0 to 1, and its K neighbours; a neighbour of its class is green."""
+    rows, columns = labels.shape
+    figure = need("matplotlib.figure", "the plots").Figure(
+        figsize=(columns, 1.25 * rows), dpi=120, layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for i in range(rows):
+        for j in range(columns):
+            color = "black" if j == 0 else "green" if labels[i, j] == labels[i, 0] else "red"
+            axes[i, j].imshow(images[i, j].permute(1, 2, 0).numpy(), cmap="grey", vmin=0, vmax=1)
+            axes[i, j].set_title(classes[int(labels[i, j])], fontsize="x-small", color=color)
+            axes[i, j].set_axis_off()
+    figure.savefig(path, format="png")
 
 
 def _figure() -> tuple[Any, Any]:

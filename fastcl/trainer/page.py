@@ -1,0 +1,126 @@
+"""A run as one HTML page: its settings, curves, probes, nearest neighbours and a map of its features."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pairwise import l2_normalize, pair_topk
+from . import report
+from .checkpoint import load_checkpoint, write_atomically
+from .config import TrainConfig
+from .data import load_data
+from .errors import TrainError
+from .export import trained_encoder
+from .models import encode
+
+_SHOWN = 2000  # held-out images, at most, evenly spaced, on the map and among the neighbours
+_QUERIES = 8
+_NEIGHBOURS = 7
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+img {{ max-width: 100%; height: auto; }}
+pre {{ overflow-x: auto; background: #f4f4f4; padding: 1rem; }}
+th, td {{ text-align: left; padding: 0.1rem 1.5rem 0.1rem 0; font-variant-numeric: tabular-nums; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<h2>Probes</h2>
+<pre>{table}</pre>
+<h2>Curves</h2>
+{curves}
+<h2>Nearest neighbours</h2>
+<p>Held-out images, one of a class, and the held-out images whose features are nearest by cosine.</p>
+{neighbours}
+<h2>Features</h2>
+{embedding}
+<h2>Settings</h2>
+<table>
+<tr><th>setting</th><th>value</th></tr>
+{settings}
+</table>
+</body>
+</html>
+"""
+
+
+def write_page(run: Path | str) -> Path:
+    """Write ``report.html`` into the folder of a finished run; pictures are inside, and nothing else is loaded.
+
+    Returns:
+        The file.
+
+    Raises:
+        TrainError: the run is not finished, its checkpoint cannot be read, or its data are not there.
+    """
+    run = Path(run)
+    state = load_checkpoint(run / "checkpoint.pt")
+    if not (run / "result.json").is_file():
+        raise TrainError(
+            f"got {run}, which holds an interrupted run; expected a finished one. Continue it with: "
+            f"fastcl train --resume {run}"
+        )
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    config, history = TrainConfig(**state["config"]), state["history"]
+    data, (encoder, _) = load_data(config), trained_encoder(run)
+    labelled = (data.test.labels >= 0).nonzero().squeeze(1)
+    at = labelled[:: -(-len(labelled) // _SHOWN)]
+    features, labels = encode(encoder, data.test, at, torch.device("cpu")), data.test.labels[at]
+    near = nearest_of_each_class(features, labels)
+    pictures = data.test.read(at[near.flatten()]).unflatten(0, near.shape)
+    page = _PAGE.format(
+        title=html.escape(f"{config.method} on {config.data}, seed {config.seed}"),
+        table=html.escape(report.table(result)),
+        curves=_picture("training loss against step", report.plot_loss, history)
+        + _picture("probes against step", report.plot_probe, history, result["probe"]),
+        neighbours=_picture(
+            "images and their nearest neighbours", report.plot_neighbours, pictures, labels[near], data.classes
+        ),
+        embedding=_picture("map of features", report.plot_embedding, features, labels, data.classes),
+        settings=_rows(dataclasses.asdict(config) | result["versions"]),
+    )
+    write_atomically(run / "report.html", lambda file: file.write(page.encode()))
+    return run / "report.html"
+
+
+def nearest_of_each_class(features: Tensor, labels: Tensor) -> Tensor:
+    """The first image of each of the first classes, then its nearest others by cosine: indices ``(Q, 1 + K)``.
+
+    Args:
+        features: ``(N, F)``.
+        labels: ``(N,)``.
+    """
+    every = torch.arange(len(labels))
+    queries = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:_QUERIES]])
+    z = l2_normalize(features)
+    _, near = pair_topk(z[queries], z, topk=min(_NEIGHBOURS, len(z) - 1), drop=(queries, every))
+    return torch.cat([queries[:, None], near], 1)
+
+
+def _picture(what: str, plot: Callable[..., None], *args: Any) -> str:
+    png = io.BytesIO()
+    plot(png, *args)
+    return f'<img alt="{what}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+
+
+def _rows(settings: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items()
+    )
