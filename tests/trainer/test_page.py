@@ -16,7 +16,7 @@ import torch
 
 from fastcl import cli
 from fastcl.trainer import TrainError, report, table, write_page
-from fastcl.trainer.checkpoint import load_checkpoint
+from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fastcl.trainer.page import nearest_of_each_class
 
 PICTURES = {
@@ -97,7 +97,7 @@ def test_names_are_escaped(page: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(page.parent, folder)
     state, hostile = load_checkpoint(folder / "checkpoint.pt"), "<script>alert('&')</script>"
-    torch.save(state | {"config": state["config"] | {"output": hostile}}, folder / "checkpoint.pt")
+    save_checkpoint(folder / "checkpoint.pt", state | {"config": state["config"] | {"output": hostile}})
     text = write_page(folder).read_text(encoding="utf-8")
     assert hostile not in text and html.escape(hostile) in text
     assert hostile in Parsed(text).text["td"]
