@@ -74,6 +74,8 @@ ODD_ROWS, ODD_DIM = 101, 37
 FEW = (
     "nt_xent", "clip", "clip, strips", "pair_logsumexp, frozen columns", "pair_topk", "pair_logsumexp, every mask",
 )  # fmt: skip
+# Bytes that tiles may spill which were faster all the same than any that does not, on an H200 (docs/gpu.md).
+MEASURED = {"_grad_kernel": 448, "_weights_kernel": 192, "_topk_kernel": 200}
 STRIP_ROWS = 4096  # long enough for strips of weights
 
 
@@ -151,6 +153,7 @@ def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
 
     triton.JITFunction.run = compile_only
     backend.unsupported = lambda op, x: None
+    backend._by_library = lambda y: False  # our own product of strips, which runs where torch's cannot
     processors = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest GPU of each
     backend.limits = lambda device: backend.Limits("", divmod(arch, 10), processors[arch])
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
@@ -393,7 +396,8 @@ def faults(rows: list[Compiled]) -> list[str]:
         name = f"{row.kernel} for sm_{row.arch}, {row.dtype}, of {row.used_by[0]}"
         if row.shared_bytes > row.shared_limit:
             found.append(f"{name}: {row.shared_bytes} bytes of shared memory, the architecture has {row.shared_limit}")
-        if row.stack_bytes or row.spill_instructions:
+        allowed = MEASURED.get(row.kernel, 0) if row.arch == 90 and row.dtype in ("bfloat16", "float16") else 0
+        if row.stack_bytes > allowed or (row.spill_instructions and not allowed):
             found.append(f"{name}: spills {row.stack_bytes} bytes of registers")
         if (row.matrix or row.multiplies) and set(row.matrix) != ({row.family} if row.family else set()):
             found.append(f"{name}: multiplies with {sorted(row.matrix) or 'fp32 units'}, expected {row.family}")

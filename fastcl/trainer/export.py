@@ -267,6 +267,8 @@ def _departure(name: str, stem: Tensor) -> str:
         return "no such model"
     same = tuple(stem.shape) == (64, 3, 7, 7)
     other = "" if same else f"; conv1.weight is {tuple(stem.shape)} in place of (64, 3, 7, 7): replace conv1 first"
+    if stem.shape[-1] == 3:  # the stem of CIFAR, which does not pool
+        other += ", and maxpool by torch.nn.Identity()"
     return f"{name} without {' and '.join(_HEAD)}{other}"
 
 
