@@ -460,3 +460,16 @@ def test_descriptors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "DESCRIPTORS", False)
     for a, b in zip(with_descriptors, run(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="plays a GPU")
+def test_strips_are_multiplied_by_torch_unless_it_must_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "limits", lambda device: triton.Limits("", (9, 0), 132))
+    rows = torch.zeros(2, 8, dtype=torch.bfloat16)
+    assert triton._by_library(rows) == ("dtype_out" in torch.ops.aten.addmm.overloads())
+    assert triton._by_library(rows.float())
+    monkeypatch.setattr(_settings, "fp32", "bf16x3")
+    assert not triton._by_library(rows.float())
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not triton._by_library(rows)

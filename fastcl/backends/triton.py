@@ -450,8 +450,11 @@ def _product(weights: Tensor, y: Tensor, out: Tensor, add: bool) -> None:
 
 
 def _by_library(y: Tensor) -> bool:
-    """Whether torch multiplies a strip of weights: with fp32 results of 16-bit numbers since torch 2.8."""
-    if INTERPRETED or _precision(y) not in ("tf32", "ieee"):
+    """Whether torch multiplies a strip of weights: with fp32 results of 16-bit numbers since torch 2.8.
+
+    Not where a user insists on deterministic algorithms, which torch refuses to promise of cuBLAS without a setting.
+    """
+    if INTERPRETED or _precision(y) not in ("tf32", "ieee") or torch.are_deterministic_algorithms_enabled():
         return False
     return y.dtype == torch.float32 or "dtype_out" in torch.ops.aten.addmm.overloads()
 
