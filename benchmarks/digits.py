@@ -1,6 +1,6 @@
 """Does the trainer learn? Three seeds of every method on digits, controls that must fail, and one run repeated.
 
-python -m benchmarks.digits      about 30 minutes; writes results/digits.json, exits with 1 where a requirement fails
+python -m benchmarks.digits      about half an hour; writes results/digits.json, exits with 1 where a requirement fails
 """
 
 from __future__ import annotations
