@@ -38,23 +38,30 @@ class TrainConfig:
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
     image_size: int = _option(224, "pixels per side of imagefolder and imagenet images")
     encoder: str | None = _option(
-        None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
+        None,
+        "network: conv; a classification network of torchvision, as resnet50, vit_b_16 or efficientnet_b0; timm:NAME; "
+        "in Python also given, with a module (default: conv for images up to 32 pixels, else resnet18)",
     )
     stem: str = _option(
         "imagenet",
-        "of a ResNet: imagenet, 7 x 7 pixels, or cifar, 3 x 3 without pooling, for images up to about 64",
+        "of torchvision's ResNets: imagenet, 7 x 7 pixels, or cifar, 3 x 3 without pooling, for images up to about 64",
         "imagenet",
         "cifar",
+    )
+    freeze_patch_embedding: bool = _option(
+        False, "leave the patch projection of a ViT at its random weights, which steadies training (MoCo v3)"
     )
     head: str = _option(
         "mlp", "projection head of all but byol, moco-v3 and simsiam: mlp, or linear as in MoCo v1", "mlp", "linear"
     )
+    head_layers: int = _option(2, "linear layers of an mlp head; moco-v3 has 3 for ViTs")
+    predictor_norm: bool = _option(False, "moco-v3: BatchNorm after the predictor too, as it has for ViTs")
     dim: int = _option(64, "features that the loss sees")
     hidden: int | None = _option(
-        None, "width of the hidden layer of heads (default: of the features; with BatchNorm at least twice --dim)"
+        None, "width of the hidden layers of heads (default: of the features; with BatchNorm at least twice --dim)"
     )
     init: str | None = _option(
-        None, "where the encoder starts: torchvision:resnet18, torchvision:resnet50, or a file of fastcl export"
+        None, "where the encoder starts: torchvision:NAME, timm:NAME, or a file of fastcl export"
     )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
@@ -133,7 +140,7 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0}
+        least = {"batch_size": 2, "chunk": 2, "head_layers": 2, "image_size": 8, "warmup_steps": 0}
         counts = (
             "steps",
             "warmup_steps",
@@ -142,6 +149,7 @@ class TrainConfig:
             "accumulate",
             "queue_size",
             "dim",
+            "head_layers",
             "hidden",
             "image_size",
             "checkpoint_every",
@@ -168,6 +176,14 @@ class TrainConfig:
             raise TrainError(f"got margin = {self.margin}; expected a finite number, 0 or more. Distances end at 2.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
+        if self.head == "linear" and self.head_layers > 2:
+            raise TrainError(
+                f"got head_layers = {self.head_layers} for a linear head; expected an mlp. Leave one of them out."
+            )
+        if self.predictor_norm and self.method != "moco-v3":
+            raise TrainError(
+                f"got predictor_norm for {self.method}; expected moco-v3, whose code has it. Leave it out."
+            )
         if self.control == "frozen-queue" and self.method != "moco":
             raise TrainError(
                 f"got control = 'frozen-queue' for {self.method}; expected moco, which has one. Choose --method moco."

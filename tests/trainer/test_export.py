@@ -25,17 +25,23 @@ from fastcl.trainer.models import build_encoder
 from .test_data import need_torchvision
 
 
-def a_run(folder: Path, encoder: str | None, channels: int) -> Path:
+def a_run(folder: Path, encoder: str | None, channels: int, size: int = 64) -> Path:
     """The checkpoint of a run, with weights and statistics that no other encoder has."""
     config = TrainConfig(method="byol", encoder=encoder, seed=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network, features = build_encoder(encoder, channels, 32)
+        network, features = build_encoder(encoder, channels, size)
         method = METHODS[config.method](network, features, config).to(memory_format=torch.channels_last)
-        network(torch.rand(4, channels, 64, 64))  # moves the statistics of BatchNorm
+        network(torch.rand(4, channels, size, size))  # moves the statistics of BatchNorm
     folder.mkdir(exist_ok=True)
     save_checkpoint(
-        folder / "checkpoint.pt", {"config": dataclasses.asdict(config), "step": 7, "method": method.state_dict()}
+        folder / "checkpoint.pt",
+        {
+            "config": dataclasses.asdict(config),
+            "step": 7,
+            "images": [channels, size, size],
+            "method": method.state_dict(),
+        },
     )
     return folder
 
