@@ -77,8 +77,8 @@ def segmentation_model(file: Path | str, classes: int, *, head: str = "deeplabv3
     part = need(f"torchvision.models.segmentation.{head}", "segmentation")
     dilated = {"replace_stride_with_dilation": [False, True, True]} if name not in ("resnet18", "resnet34") else {}
     resnet = getattr(models, name)(weights=None, **dilated)
+    features, resnet.fc = resnet.fc.in_features, nn.Identity()
     load_weights(resnet, weights, str(file))
-    features = resnet.fc.in_features
     backbone = extraction.create_feature_extractor(resnet, {"layer4": "out"})
     if head == "fcn":
         fcn: nn.Module = part.FCN(backbone, part.FCNHead(features, classes))

@@ -226,21 +226,9 @@ def _onnx(encoder: nn.Module, about: Mapping[str, str]) -> bytes:
     for package in ("onnx", "onnxscript"):
         need(package, "an .onnx file")
     channels, size = int(about["channels"]), [int(side) for side in about["size"].split(" x ")]
-    free = {0: "batch"}
-    if _takes_any_size(encoder, channels, size):
-        size = [max(64, side) for side in size]  # none so small that a later layer has one pixel
-        free |= {2: "height", 3: "width"}
     try:
-        program: Any = torch.onnx.export(
-            encoder,
-            (torch.zeros(2, channels, *size),),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=(free,),
-        )
-    except Exception as error:  # the exporter has many ways to fail, and so has any module
+        program = _any_size(encoder, channels, size) or _program(encoder, torch.zeros(2, channels, *size), "batch")
+    except Exception as error:  # the exporter has many ways to fail, and a module to be what it does not take
         raise TrainError(
             f"the encoder {about['encoder']} cannot be written as .onnx ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}); expected one that torch.onnx.export takes. Choose .pt."
@@ -251,13 +239,36 @@ def _onnx(encoder: nn.Module, about: Mapping[str, str]) -> bytes:
 
 
 @torch.no_grad()
-def _takes_any_size(encoder: nn.Module, channels: int, size: list[int]) -> bool:
-    """Whether it takes images of twice the size too: positions may be for one size."""
+def _any_size(encoder: nn.Module, channels: int, size: list[int]) -> Any | None:
+    """The program with H and W free, or None where the network, or what it decides by their size, does not allow it.
+
+    A decision of Python is made once, for the image that the exporter sees: the windows of a Swin are not shifted at
+    any size where they are not at that one. So the program is run for another size too, before it is believed.
+    """
+    height, width = (max(64, side) for side in size)  # none so small that a later layer has one pixel
+    other = torch.linspace(0, 1, channels * 2 * height * width).view(1, channels, 2 * height, width)
     try:
-        encoder(torch.zeros(1, channels, *(2 * side for side in size)))
-    except Exception:  # networks refuse images in many ways
-        return False
-    return True
+        expected = encoder(other)
+    except Exception:  # positions may be for one size
+        return None
+    program = _program(encoder, torch.zeros(2, channels, height, width), "batch", "height", "width")
+    try:
+        found = program.exported_program.module()(other)
+    except Exception:  # the guards of that decision
+        return None
+    return program if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())) else None
+
+
+def _program(encoder: nn.Module, images: Tensor, *free: str) -> Any:
+    return torch.onnx.export(
+        encoder,
+        (images,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=(dict(zip((0, 2, 3), free, strict=False)),),
+    )
 
 
 def _detectron2(encoder: nn.Module, about: Mapping[str, str]) -> bytes:

@@ -18,7 +18,7 @@ from fastcl._version import __version__
 from fastcl.trainer import TrainConfig, TrainError, export
 from fastcl.trainer.checkpoint import save_checkpoint
 from fastcl.trainer.errors import MissingPackage
-from fastcl.trainer.export import _departure, detectron2_name, load_weights, read_weights, trained_encoder
+from fastcl.trainer.export import detectron2_name, load_weights, read_weights, trained_encoder
 from fastcl.trainer.methods import METHODS
 from fastcl.trainer.models import build_encoder
 
@@ -223,9 +223,3 @@ def test_the_command_writes_the_file_and_says_what_it_is(
     assert torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
     assert cli.main(["export", str(short_run[0]), "--to", str(tmp_path / "none" / "encoder.pt")]) == 2
     assert "Create" in capsys.readouterr().err
-
-
-def test_what_differs_from_torchvision_is_told() -> None:
-    assert "conv1" not in _departure("resnet18", torch.empty(64, 3, 7, 7))
-    assert "replace conv1 first, and maxpool" in _departure("resnet18", torch.empty(64, 3, 3, 3))
-    assert _departure("conv", torch.empty(32, 1, 3, 3)) == "no such model"

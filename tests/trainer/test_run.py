@@ -299,7 +299,7 @@ def test_a_missing_extra_is_named_before_training(
     [
         ({"method": "dino"}, "one of simclr, moco"),
         ({"data": "mnist"}, "one of digits"),
-        ({"encoder": "vgg"}, "one of conv"),
+        ({"encoder": "vgg"}, "got encoder 'vgg'; expected conv, .* Near it: "),
         ({"control": "none"}, "one of shuffled-pairs, no-training, frozen-queue"),
         ({"control": "frozen-queue"}, "'frozen-queue' for simclr; expected moco"),
         ({"steps": 0}, "steps = 0; expected 1 or more"),
