@@ -102,12 +102,13 @@ def fine_tune(encoder: nn.Module, data: Data, config: TrainConfig, epochs: int, 
     generator = loop._generator(config.seed, "fine-tune")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # of dropout
-        for _ in range(epochs):
+        for epoch in range(epochs):
             order = labelled[torch.randperm(len(labelled), generator=generator)]
             for at in order[: batches * batch_size].split(batch_size):
-                images, _ = data.augmentation.two_views(data.train.read(at).to(device), generator)
+                images = data.train.read(at).to(device)
+                (view,) = data.augmentation.views(images, at, ("fine-tune", config.seed, epoch), count=1)
                 optimizer.zero_grad()
-                cross_entropy(network(images), data.train.labels[at].to(device)).backward()
+                cross_entropy(network(view), data.train.labels[at].to(device)).backward()
                 optimizer.step()
                 cosine.step()
     known = (data.test.labels >= 0).nonzero().squeeze(1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .augment import usual_local_size
 from .config import TrainConfig
 from .data import Images
 from .encoders import GIVEN, feature_size, freeze_patch_embedding, given_encoder, library_encoder, refuse_stem
@@ -63,8 +64,12 @@ def run_encoder(config: TrainConfig, shape: Sequence[int], given: nn.Module | No
     else:
         refuse_stem(GIVEN, config.stem)
         encoder, features = given_encoder(given, shape)
+    name = encoder_name(config.encoder, (height, width))
+    if config.local_crops:
+        small = config.local_size or usual_local_size(height, width)
+        feature_size(encoder, name, (channels, small, small))
     if config.freeze_patch_embedding:
-        freeze_patch_embedding(encoder, encoder_name(config.encoder, (height, width)))
+        freeze_patch_embedding(encoder, name)
     return encoder, features
 
 

@@ -1,7 +1,8 @@
 """Several processes that train one network, as ``torchrun`` starts them: each has its rows of every batch.
 
 The loss is that of the whole batch (``fastcl.distributed``), and DistributedDataParallel averages gradients, so the
-weights are those of one process, but for BatchNorm, which sees the rows of its rank unless ``sync_batchnorm`` is set.
+weights are those of one process, but for dropout, and BatchNorm, which sees the rows of its rank unless
+``sync_batchnorm`` is set.
 (Siamese pairs its images with their neighbours within a rank.) The first rank probes, writes and speaks; the
 checkpoint has its running statistics.
 """

@@ -107,7 +107,10 @@ def test_without_a_network_the_way_round_is_named(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("init", "sentence"),
-    [("torchvision:resnet19", "torchvision.* Near it: resnet1"), ("timm:resnet19", r"network of timm\. Near it: timm:")],
+    [
+        ("torchvision:resnet19", "torchvision.* Near it: resnet1"),
+        ("timm:resnet19", r"network of timm\. Near it: timm:"),
+    ],
 )
 def test_a_name_that_a_library_has_not_is_refused(init: str, sentence: str) -> None:
     pytest.importorskip(init.partition(":")[0])
