@@ -182,8 +182,8 @@ def refuse_stem(name: str, stem: str) -> None:
 
 def _timm(name: str, channels: int, size: tuple[int, int]) -> nn.Module:
     timm, plain = known_to_timm(name)
-    options = timm_options(name, channels, size)
     with _taken(name, (channels, *size)):
+        options = timm_options(name, channels, size)
         model: nn.Module = timm.create_model(plain, pretrained=False, **options)
     patches = _patches(model) if "img_size" in options else None
     if patches is not None and any(side % patch for side, patch in zip(size, patches.kernel_size, strict=True)):

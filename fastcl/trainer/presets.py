@@ -66,8 +66,8 @@ _LARS: Mapping[str, Any] = {
     "optimizer": "lars", "lr_scaling": "linear", "weight_decay": 1e-6, "exclude_norm_bias": True,
 }  # fmt: skip
 # facebookresearch/moco-v3, CONFIG.md, main_moco.py and moco/builder.py. Not as there: positions are learned, not fixed
-# sines and cosines; other layers than the patch projection have the initial weights of their library; and timm's ViT-S
-# has 6 heads of attention, not 12.
+# sines and cosines; layers have the initial weights of their library, not Xavier's; and timm's ViT-S has 6 heads of
+# attention, not 12.
 _MOCO_V3_VIT: Mapping[str, Any] = {
     "method": "moco-v3", "optimizer": "adamw", "learning_rate": 1.5e-4, "lr_scaling": "linear", "weight_decay": 0.1,
     "freeze_patch_embedding": True, "temperature": 0.2, "momentum": 0.99, "momentum_schedule": "cosine", "dim": 256,
