@@ -183,10 +183,10 @@ def test_heads_have_as_many_layers_as_asked_for() -> None:
 def test_the_baseline_of_a_network_with_dropout_drops_nothing() -> None:
     data = load_data(TrainConfig())
     at = torch.arange(100)
-    module = Mine()
+    module = nn.Sequential(nn.Dropout(0.5), Mine())
     one, other = (calibrated(module, data.train, at, torch.device("cpu")) for _ in range(2))
     found = [encode(encoder, data.test, at, torch.device("cpu")) for encoder in (one, other)]
-    assert torch.equal(*found) and not torch.equal(one.norm.running_mean, module.norm.running_mean)
+    assert torch.equal(*found) and not torch.equal(one[1].norm.running_mean, module[1].norm.running_mean)
 
 
 @pytest.fixture(scope="module")
