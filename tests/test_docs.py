@@ -79,6 +79,8 @@ def test_a_drop_in_gives_what_stood_there_before(change: str) -> None:
     losses = []
     for side in "+-":  # ours first: it runs where the original is not installed
         names: dict[str, Any] = {}
+        if side == "-" and "inf_cl" in change:
+            pytest.skip("Inf-CL's kernels need a GPU, where tests/integrations/test_parity.py compares them")
         if "model" in change:
             pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed")
             from benchmarks.dropins.sentence_transformers import tiny_model
