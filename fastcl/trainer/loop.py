@@ -22,7 +22,7 @@ from .data import Data, load_data
 from .errors import TrainError, need
 from .export import start_from
 from .gradients import add_gradients, now
-from .methods import METHODS, Method
+from .methods import METHODS, Method, check_labels
 from .models import build_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
@@ -30,6 +30,7 @@ from .probe import Prober
 from .progress import Progress
 from .ranks import Ranks, joined
 from .run_folder import COLUMNS, claim, metrics_log
+from .text import captions, tokens
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -71,10 +72,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
     events = need("torch.utils.tensorboard", "the event log")
     device = _device(config.device)
     data = load_data(config)
-    if config.method == "supcon" and bool((data.train.labels < 0).any()):
-        raise TrainError(
-            f"got images without labels in {config.data} for supcon; expected labels for all. Choose another method."
-        )
+    check_labels(config, data)
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
         method = _build(config, data, config.init if state is None else None).to(device)
@@ -108,6 +106,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
+                method.seed = _generator(config.seed, "method", step).initial_seed()
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(
                     method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler,
@@ -203,6 +202,8 @@ def _batch(
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
     view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
+    if config.method == "clip":
+        view1 = tokens(captions(data, at, config.seed, epoch), config.text_context).to(device)
     if config.control == "shuffled-pairs":
         view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
     return (view0, view1), data.train.labels[at].to(device)

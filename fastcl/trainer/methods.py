@@ -1,11 +1,17 @@
 """Methods: an encoder, what stands on it, and a loss. ``forward`` makes what the loss takes, which is timed by itself.
 
-Networks that follow another slowly run in training mode: their BatchNorm normalises by the batch, as the other's does.
+Networks that follow another slowly run in training mode: their BatchNorm normalises by the batch, as the other's does,
+and keeps running statistics of its own, which nothing reads. They follow the parameters of the other, not its buffers.
+Where BatchNorm sees a part of a batch only (``bn_splits``, or several ranks), MoCo's key encoder sees parts of other
+images: a permutation of each step deals them out, over all ranks, and keys are brought back. The running statistics of
+``bn_splits`` parts are their mean.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -14,6 +20,7 @@ from torch import Tensor, nn
 from ..losses import (
     BatchTripletLoss,
     BYOLLoss,
+    CLIPLoss,
     MoCoLoss,
     MoCoV3Loss,
     NegativeCosineLoss,
@@ -21,9 +28,13 @@ from ..losses import (
     SiameseLoss,
     SupConLoss,
 )
-from ..pairwise import l2_normalize
+from ..pairwise import l2_normalize, pair_argmax
+from .batchnorm import shuffled
 from .config import TrainConfig
+from .data import Data
+from .errors import TrainError
 from .models import projection_head
+from .text import TEMPLATES, TextEncoder, prompts, tokens
 
 
 class Method(nn.Module):
@@ -31,11 +42,13 @@ class Method(nn.Module):
 
     Attributes:
         momentum: how much of its slow networks, where it has any, the next step keeps; the loop sets it.
+        seed: of what is random in the next step; the loop sets it.
     """
 
     encoder: nn.Module
     loss: nn.Module
     momentum: float
+    seed: int = 0
 
     def begin_step(self) -> None:
         """Before the embeddings of every step."""
@@ -52,6 +65,13 @@ class Method(nn.Module):
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         """The same by ``fastcl.functional`` or ``fastcl.reference``, without moving a queue: to compare."""
         raise NotImplementedError
+
+    def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
+        """Accuracy in percent of naming images, whose ``features`` are the encoder's, by the words for their classes.
+
+        None where the method knows no words, or the data set no classes.
+        """
+        return None
 
 
 class SimCLR(Method):
@@ -104,6 +124,7 @@ class MoCo(Method):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.loss = MoCoLoss(config.dim, config.queue_size, config.temperature)
         self.momentum = config.momentum
+        self.bn_splits, self.sync_batchnorm = config.bn_splits, config.sync_batchnorm
 
     def begin_step(self) -> None:
         """Moves the key encoder, before the keys of a step as in MoCo's code."""
@@ -111,9 +132,14 @@ class MoCo(Method):
         _follow(self.key_head, self.head, self.momentum)
 
     def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Queries of the first view, and keys of the second."""
+        """Queries of the first view, and keys of the second, shuffled where BatchNorm sees a part of the batch."""
+        in_parts = self.bn_splits > 1 or (self.loss.ranks is not None and not self.sync_batchnorm)
         with torch.no_grad():
-            key = self.key_head(self.key_encoder(view1))
+            if self.training and in_parts:
+                images, restored = shuffled(view1, self.seed, self.loss.ranks)
+                key = restored(self.key_head(self.key_encoder(images)))
+            else:
+                key = self.key_head(self.key_encoder(view1))
         return self.head(self.encoder(view0)), key
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
@@ -264,6 +290,59 @@ class Triplet(SimCLR):
         return torch.arange(len(labels), device=labels.device).repeat(2)
 
 
+class CLIP(Method):
+    """CLIP (Radford et al. 2021, arXiv:2103.00020): an image and its caption, each by an encoder and a linear layer.
+
+    The temperature is learned: its inverse starts at 1 / 0.07 and is clipped at 100 (section 2.5).
+    """
+
+    loss: CLIPLoss
+
+    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(features, config.dim, bias=False)
+        self.text_encoder = TextEncoder(config.text_width, config.text_layers, config.text_context)
+        self.text_head = nn.Linear(config.text_width, config.dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.loss = CLIPLoss()
+        self.context = config.text_context
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Clips the scale: the parameter, so that it can come back."""
+        self.log_scale.clamp_(max=math.log(100))
+
+    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+        """One view and tokens ``(B, L)`` to embeddings ``(B, dim)`` each, and the scale ``(B,)``, a copy for each row.
+
+        What the loss learns goes through here, since gradients are averaged over ranks and chunks of what goes out.
+        """
+        image, text = self.head(self.encoder(view0)), self.text_head(self.text_encoder(view1))
+        return image, text, self.log_scale.exp().expand(len(image))
+
+    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        image, text, scale = embeddings
+        loss: Tensor = self.loss(image, text, scale.mean())
+        return loss
+
+    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
+        image, text, scale = embeddings
+        loss: Tensor = functions.clip(l2_normalize(image), l2_normalize(text), scale=scale.mean())
+        return loss
+
+    @torch.no_grad()
+    def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
+        """By the nearest of classes, each the mean of its prompts' embeddings (section 3.1.4)."""
+        if not len(classes):
+            return None
+        texts = tokens(prompts(classes), self.context).to(self.log_scale.device)
+        read = torch.cat([self.text_head(self.text_encoder(part)) for part in texts.split(256)])
+        names = l2_normalize(l2_normalize(read).unflatten(0, (-1, len(TEMPLATES))).mean(1))
+        nearest = pair_argmax(l2_normalize(self.head(features.to(self.log_scale))), names)
+        return 100 * (nearest.cpu() == labels).double().mean().item()
+
+
 def _plain_head(features: int, config: TrainConfig) -> nn.Module:
     """A projection without BatchNorm: linear (MoCo v1), or with a hidden layer."""
     if config.head == "linear":
@@ -279,5 +358,20 @@ def _follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "moco": MoCo, "moco-v3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
-    "siamese": Siamese, "triplet": Triplet,
+    "siamese": Siamese, "triplet": Triplet, "clip": CLIP,
 }  # fmt: skip
+
+
+def check_labels(config: TrainConfig, data: Data) -> None:
+    """Whether the images have what the method learns from.
+
+    Raises:
+        TrainError: images without labels for supcon, or without labels and captions for clip.
+    """
+    needed = config.method == "supcon" or (config.method == "clip" and data.train.captions is None)
+    if needed and bool((data.train.labels < 0).any()):
+        expected = "labels for all" if config.method == "supcon" else "captions, or labels for all"
+        raise TrainError(
+            f"got images without labels in {config.data} for {config.method}; expected {expected}. "
+            "Choose another method."
+        )
