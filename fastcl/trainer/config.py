@@ -14,6 +14,9 @@ def _option(default: Any, help: str, *choices: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices or None})
 
 
+MULTI_CROP = ("simclr", "supcon", "triplet", "byol", "simsiam")  # methods that take more than two views
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. ``None`` means: chosen by :meth:`resolved` from the method, the data or the machine.
@@ -38,6 +41,10 @@ class TrainConfig:
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
     image_size: int = _option(224, "pixels per side of imagefolder and imagenet images")
+    local_crops: int = _option(
+        0, f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}"
+    )
+    local_size: int | None = _option(None, "pixels per side of those (default: 3/7 of the image's)")
     encoder: str | None = _option(
         None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
     )
@@ -145,13 +152,15 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "text_context": 3}
+        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0, "text_context": 3}
         counts = (
             "steps",
             "warmup_steps",
             "batch_size",
             "chunk",
             "accumulate",
+            "local_crops",
+            "local_size",
             "queue_size",
             "dim",
             "hidden",
@@ -191,6 +200,11 @@ class TrainConfig:
             raise TrainError(
                 f"got bn_splits = {self.bn_splits} for {other}; expected moco, whose keys are shuffled, and no "
                 "sync_batchnorm, which is the contrary. Leave one out."
+            )
+        if self.local_crops and self.method not in MULTI_CROP:
+            raise TrainError(
+                f"got local_crops = {self.local_crops} for {self.method}; expected a method that takes more than two "
+                f"views: {', '.join(MULTI_CROP)}. Choose one, or leave them out."
             )
         if self.control == "frozen-queue" and self.method != "moco":
             raise TrainError(

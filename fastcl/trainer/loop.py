@@ -1,4 +1,4 @@
-"""The training loop. What is random in step t is a function of (seed, t), so an interrupted run goes on exactly."""
+"""The training loop. What is random is a function of (seed, epoch, image), so an interrupted run goes on exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .data import Data, load_data
 from .errors import TrainError, need
 from .export import start_from
 from .gradients import add_gradients, now
-from .methods import METHODS, Method, check_labels
+from .method import Method, check_labels
+from .methods import METHODS
 from .models import build_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
@@ -126,7 +127,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
                     head = method.get_submodule("head")
-                    seen = monitors(method.encoder, head, data, prober.train_at, _generator("monitors"), device)
+                    seen = monitors(method.encoder, head, data, prober.train_at, device)
                     progress.probed(step, seen["effective_rank"])
                     row |= seen
                 history.append(row)
@@ -163,7 +164,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
 def _step(
     method: Method,
     optimizer: torch.optim.Optimizer,
-    views: tuple[Tensor, Tensor],
+    views: tuple[Tensor, ...],
     labels: Tensor,
     device: torch.device,
     chunk: int | None = None,
@@ -182,8 +183,8 @@ def _step(
     size = len(labels) // accumulate
     parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
     done = []
-    for view0, view1, part in parts:
-        given = method, parallel or method, (view0, view1), part
+    for *part, of_part in parts:
+        given = method, parallel or method, tuple(part), of_part
         done.append(add_gradients(*given, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate))
     scaler.step(optimizer)
     scaler.update()
@@ -192,21 +193,26 @@ def _step(
 
 def _batch(
     config: TrainConfig, data: Data, step: int, device: torch.device, rows: Tensor | None = None
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels.
 
-    Of the whole batch, or of some rows of it.
+    For clip one view, and the tokens ``(B, L)`` of a caption. Of the whole batch, or of some rows of it.
     """
     rows = torch.arange(config.batch_size) if rows is None else rows
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
-    view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
-    if config.method == "clip":
-        view1 = tokens(captions(data, at, config.seed, epoch), config.text_context).to(device)
+    captioned = config.method == "clip"
+    views = data.augmentation.views(
+        images, at, ("views", config.seed, epoch), count=2 - captioned,
+        local_crops=config.local_crops, local_size=config.local_size,
+    )  # fmt: skip
+    if captioned:
+        views = (*views, tokens(captions(data, at, config.seed, epoch), config.text_context).to(device))
     if config.control == "shuffled-pairs":
-        view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
-    return (view0, view1), data.train.labels[at].to(device)
+        # the order is random, so a neighbour is a random other image
+        views = tuple(view.roll(number, 0) for number, view in enumerate(views))
+    return views, data.train.labels[at].to(device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,8 +10,8 @@ images: a permutation of each step deals them out, over all ranks, and keys are 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from types import ModuleType
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..losses import (
     BatchTripletLoss,
     BYOLLoss,
-    CLIPLoss,
     MoCoLoss,
     MoCoV3Loss,
     NegativeCosineLoss,
@@ -28,54 +27,16 @@ from ..losses import (
     SiameseLoss,
     SupConLoss,
 )
-from ..pairwise import l2_normalize, pair_argmax
+from ..pairwise import l2_normalize
 from .batchnorm import shuffled
+from .clip import CLIP
 from .config import TrainConfig
-from .data import Data
-from .errors import TrainError
+from .method import Method
 from .models import projection_head
-from .text import TEMPLATES, TextEncoder, prompts, tokens
-
-
-class Method(nn.Module):
-    """What the loop knows of a method: ``encoder``, whose features are probed, ``loss``, and the following.
-
-    Attributes:
-        momentum: how much of its slow networks, where it has any, the next step keeps; the loop sets it.
-        seed: of what is random in the next step; the loop sets it.
-    """
-
-    encoder: nn.Module
-    loss: nn.Module
-    momentum: float
-    seed: int = 0
-
-    def begin_step(self) -> None:
-        """Before the embeddings of every step."""
-
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Two views ``(B, C, H, W)`` to embeddings ``(B, dim)``; one pass over both, so BatchNorm sees both."""
-        raise NotImplementedError
-
-    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        """The loss of the embeddings of images with these labels ``(B,)``."""
-        loss: Tensor = self.loss(*embeddings)
-        return loss
-
-    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        """The same by ``fastcl.functional`` or ``fastcl.reference``, without moving a queue: to compare."""
-        raise NotImplementedError
-
-    def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
-        """Accuracy in percent of naming images, whose ``features`` are the encoder's, by the words for their classes.
-
-        None where the method knows no words, or the data set no classes.
-        """
-        return None
 
 
 class SimCLR(Method):
-    """SimCLR (Chen et al. 2020, arXiv:2002.05709): two views, one encoder, NT-Xent."""
+    """SimCLR (Chen et al. 2020, arXiv:2002.05709): views, one encoder, NT-Xent, to which all views are positives."""
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
@@ -83,11 +44,12 @@ class SimCLR(Method):
         self.head = _plain_head(features, config)
         self.loss = NTXentLoss(config.temperature)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.encoder(torch.cat([view0, view1]))).chunk(2)
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        return self.head(_features(self.encoder, views)).chunk(len(views))
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        loss: Tensor = functions.nt_xent(l2_normalize(torch.cat(embeddings)), temperature=self.loss.temperature)
+        z = l2_normalize(torch.cat(embeddings))
+        loss: Tensor = functions.nt_xent(z, views=len(embeddings), temperature=self.loss.temperature)
         return loss
 
 
@@ -104,7 +66,7 @@ class SupCon(SimCLR):
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         z = l2_normalize(torch.cat(embeddings))
-        loss: Tensor = functions.supcon(z, labels.repeat(2), temperature=self.loss.temperature)
+        loss: Tensor = functions.supcon(z, labels.repeat(len(embeddings)), temperature=self.loss.temperature)
         return loss
 
 
@@ -131,8 +93,9 @@ class MoCo(Method):
         _follow(self.key_encoder, self.encoder, self.momentum)
         _follow(self.key_head, self.head, self.momentum)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Queries of the first view, and keys of the second, shuffled where BatchNorm sees a part of the batch."""
+        view0, view1 = views
         in_parts = self.bn_splits > 1 or (self.loss.ranks is not None and not self.sync_batchnorm)
         with torch.no_grad():
             if self.training and in_parts:
@@ -169,22 +132,18 @@ class BYOL(Method):
         _follow(self.target_encoder, self.encoder, self.momentum)
         _follow(self.target_head, self.head, self.momentum)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Predictions of both views, then their targets."""
-        views = torch.cat([view0, view1])
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of all views, then the targets of the first two."""
         with torch.no_grad():
-            targets = self.target_head(self.target_encoder(views))
-        return (*self.predictor(self.head(self.encoder(views))).chunk(2), *targets.chunk(2))
+            targets = self.target_head(self.target_encoder(torch.cat(views[:2])))
+        predictions = self.predictor(self.head(_features(self.encoder, views)))
+        return (*predictions.chunk(len(views)), *targets.chunk(2))
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = embeddings
-        loss: Tensor = self.loss(p0, z1) + self.loss(p1, z0)
-        return loss
+        return _both_ways(self.loss, *embeddings)
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = map(l2_normalize, embeddings)
-        loss: Tensor = functions.byol(p0, z1) + functions.byol(p1, z0)
-        return loss
+        return _both_ways(functions.byol, *map(l2_normalize, embeddings))
 
 
 class MoCoV3(BYOL):
@@ -218,20 +177,16 @@ class SimSiam(Method):
         self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.loss = NegativeCosineLoss()
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Predictions of both views, then their targets."""
-        z = self.head(self.encoder(torch.cat([view0, view1])))
-        return (*self.predictor(z).chunk(2), *z.detach().chunk(2))
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of all views, then the targets of the first two."""
+        z = self.head(_features(self.encoder, views))
+        return (*self.predictor(z).chunk(len(views)), *z.detach().chunk(len(views))[:2])
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = embeddings
-        loss: Tensor = (self.loss(p0, z1) + self.loss(p1, z0)) / 2
-        return loss
+        return _both_ways(self.loss, *embeddings) / 2
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = map(l2_normalize, embeddings)
-        loss: Tensor = (functions.negative_cosine(p0, z1) + functions.negative_cosine(p1, z0)) / 2
-        return loss
+        return _both_ways(functions.negative_cosine, *map(l2_normalize, embeddings)) / 2
 
 
 class Siamese(SimCLR):
@@ -263,7 +218,7 @@ class Siamese(SimCLR):
 class Triplet(SimCLR):
     """FaceNet's loss (Schroff et al. 2015, arXiv:1503.03832, section 3.2) of views: an image is a class of its own.
 
-    The positive of a view is the other one; its negative is semi-hard among all views of the batch: the nearest that is
+    The positives of a view are the others; a negative is semi-hard among all views of the batch: the nearest that is
     no nearer than the positive, or else the furthest.
     """
 
@@ -275,72 +230,36 @@ class Triplet(SimCLR):
         self.loss = BatchTripletLoss(margin, mining="semi-hard", distance="squared")
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        loss: Tensor = self.loss(torch.cat(embeddings), self.loss._numbered(self._images(labels)))
+        loss: Tensor = self.loss(torch.cat(embeddings), self.loss._numbered(self._images(labels, embeddings)))
         return loss
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         z = l2_normalize(torch.cat(embeddings))
         loss: Tensor = functions.triplet_semi_hard(
-            z, self._images(labels), margin=self.loss.margin, distance=self.loss.distance
+            z, self._images(labels, embeddings), margin=self.loss.margin, distance=self.loss.distance
         )
         return loss
 
     @staticmethod
-    def _images(labels: Tensor) -> Tensor:
-        return torch.arange(len(labels), device=labels.device).repeat(2)
+    def _images(labels: Tensor, views: Sequence[Tensor]) -> Tensor:
+        return torch.arange(len(labels), device=labels.device).repeat(len(views))
 
 
-class CLIP(Method):
-    """CLIP (Radford et al. 2021, arXiv:2103.00020): an image and its caption, each by an encoder and a linear layer.
+def _features(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Of all views, one under the other. One pass over those of one size, so BatchNorm sees them together."""
+    return torch.cat([encoder(torch.cat(list(same))) for _, same in groupby(views, lambda view: view.shape)])
 
-    The temperature is learned: its inverse starts at 1 / 0.07 and is clipped at 100 (section 2.5).
+
+def _both_ways(loss: Callable[[Tensor, Tensor], Tensor], *embeddings: Tensor) -> Tensor:
+    """The targets of the first two views, which come last, each against the predictions of all other views.
+
+    A sum over the two targets of the mean over predictions. Local crops are no targets (SwAV, arXiv:2006.09882, 3.3).
     """
-
-    loss: CLIPLoss
-
-    def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(features, config.dim, bias=False)
-        self.text_encoder = TextEncoder(config.text_width, config.text_layers, config.text_context)
-        self.text_head = nn.Linear(config.text_width, config.dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.loss = CLIPLoss()
-        self.context = config.text_context
-
-    @torch.no_grad()
-    def begin_step(self) -> None:
-        """Clips the scale: the parameter, so that it can come back."""
-        self.log_scale.clamp_(max=math.log(100))
-
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """One view and tokens ``(B, L)`` to embeddings ``(B, dim)`` each, and the scale ``(B,)``, a copy for each row.
-
-        What the loss learns goes through here, since gradients are averaged over ranks and chunks of what goes out.
-        """
-        image, text = self.head(self.encoder(view0)), self.text_head(self.text_encoder(view1))
-        return image, text, self.log_scale.exp().expand(len(image))
-
-    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        image, text, scale = embeddings
-        loss: Tensor = self.loss(image, text, scale.mean())
-        return loss
-
-    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        image, text, scale = embeddings
-        loss: Tensor = functions.clip(l2_normalize(image), l2_normalize(text), scale=scale.mean())
-        return loss
-
-    @torch.no_grad()
-    def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
-        """By the nearest of classes, each the mean of its prompts' embeddings (section 3.1.4)."""
-        if not len(classes):
-            return None
-        texts = tokens(prompts(classes), self.context).to(self.log_scale.device)
-        read = torch.cat([self.text_head(self.text_encoder(part)) for part in texts.split(256)])
-        names = l2_normalize(l2_normalize(read).unflatten(0, (-1, len(TEMPLATES))).mean(1))
-        nearest = pair_argmax(l2_normalize(self.head(features.to(self.log_scale))), names)
-        return 100 * (nearest.cpu() == labels).double().mean().item()
+    *predictions, z0, z1 = embeddings
+    at_z0, at_z1 = predictions[1:], [predictions[0], *predictions[2:]]
+    total = sum(loss(p, z1) for p in at_z1) + sum(loss(p, z0) for p in at_z0)
+    assert isinstance(total, Tensor)
+    return total / len(at_z0)
 
 
 def _plain_head(features: int, config: TrainConfig) -> nn.Module:
@@ -360,18 +279,3 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "moco": MoCo, "moco-v3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
     "siamese": Siamese, "triplet": Triplet, "clip": CLIP,
 }  # fmt: skip
-
-
-def check_labels(config: TrainConfig, data: Data) -> None:
-    """Whether the images have what the method learns from.
-
-    Raises:
-        TrainError: images without labels for supcon, or without labels and captions for clip.
-    """
-    needed = config.method == "supcon" or (config.method == "clip" and data.train.captions is None)
-    if needed and bool((data.train.labels < 0).any()):
-        expected = "labels for all" if config.method == "supcon" else "captions, or labels for all"
-        raise TrainError(
-            f"got images without labels in {config.data} for {config.method}; expected {expected}. "
-            "Choose another method."
-        )

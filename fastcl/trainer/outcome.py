@@ -19,7 +19,7 @@ from .checkpoint import write_json
 from .collapse import MONITORS
 from .config import TrainConfig
 from .data import Data
-from .methods import Method
+from .method import Method
 from .models import calibrated
 from .probe import Prober
 
@@ -34,7 +34,7 @@ def finish(
     prober: Prober,
     method: Method,
     untrained: nn.Module,
-    batch: tuple[tuple[Tensor, Tensor], Tensor],
+    batch: tuple[tuple[Tensor, ...], Tensor],
     history: list[dict[str, Any]],
     seconds: float,
     loss_seconds: float,

@@ -22,7 +22,7 @@ from .. import distributed as losses
 from .batchnorm import split_batchnorm
 from .config import TrainConfig
 from .errors import TrainError
-from .methods import Method
+from .method import Method
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ data set has no captions, they are written from the names of classes: the encode
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .augment import uniform
 from .data import Data
 
 TEMPLATES = (
@@ -33,11 +33,9 @@ def captions(data: Data, at: Tensor, seed: int, epoch: int) -> list[str]:
     """
     if data.train.captions is not None:
         return [data.train.captions[i] for i in at.tolist()]
+    drawn = (uniform(("caption", seed, epoch), at, 1)[:, 0] * len(TEMPLATES)).long().tolist()
     labels = data.train.labels[at].tolist()
-    return [
-        _template(seed, epoch, i).format(_name(data.classes[label]))
-        for i, label in zip(at.tolist(), labels, strict=True)
-    ]
+    return [TEMPLATES[i].format(_name(data.classes[label])) for i, label in zip(drawn, labels, strict=True)]
 
 
 def prompts(classes: Sequence[str]) -> list[str]:
@@ -80,11 +78,6 @@ class TextEncoder(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=seen.device, dtype=seen.dtype)
         read: Tensor = self.transformer(seen, mask=mask, is_causal=True)
         return read[torch.arange(len(tokens), device=tokens.device), (tokens == _END).int().argmax(1)]
-
-
-def _template(seed: int, epoch: int, index: int) -> str:
-    digest = hashlib.sha256(repr((seed, "caption", epoch, index)).encode()).digest()
-    return TEMPLATES[int.from_bytes(digest[:8], "little") % len(TEMPLATES)]
 
 
 def _name(name: str) -> str:

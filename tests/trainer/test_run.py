@@ -202,6 +202,24 @@ def test_views_are_a_function_of_seed_and_step() -> None:
         assert not torch.equal(view(0, 1), other)
 
 
+def test_a_step_has_as_many_views_as_asked_and_a_control_mixes_all() -> None:
+    data, cpu = load_data(TrainConfig()), torch.device("cpu")
+    config = TrainConfig(batch_size=6, local_crops=3, local_size=4)
+    views, _ = loop._batch(config, data, 2, cpu)
+    assert [tuple(view.shape) for view in views] == [(6, 1, 8, 8)] * 2 + [(6, 1, 4, 4)] * 3
+    mixed, _ = loop._batch(dataclasses.replace(config, control="shuffled-pairs"), data, 2, cpu)
+    for number, (view, other) in enumerate(zip(views, mixed, strict=True)):
+        assert torch.equal(view.roll(number, 0), other)
+
+
+def test_a_run_with_local_crops_learns(tmp_path: Path) -> None:
+    crops = {"local_crops": 2, "local_size": 4}
+    train(TrainConfig(output=str(tmp_path / "run"), **crops, **SHORT))
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 24 and sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.2
+
+
 def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
     settings = SHORT | {"steps": 30, "probe_every": 30}
     chance = math.log(2 * 64 - 1)
@@ -301,6 +319,9 @@ def test_a_missing_extra_is_named_before_training(
         ({"data": "mnist"}, "one of digits"),
         ({"encoder": "vgg"}, "one of conv"),
         ({"control": "none"}, "one of shuffled-pairs, no-training, frozen-queue"),
+        ({"local_crops": 2, "method": "moco"}, "local_crops = 2 for moco; expected .*: simclr, supcon"),
+        ({"local_crops": -1}, "local_crops = -1; expected 0 or more"),
+        ({"local_crops": 1, "local_size": 0}, "local_size = 0; expected 1 or more"),
         ({"control": "frozen-queue"}, "'frozen-queue' for simclr; expected moco"),
         ({"steps": 0}, "steps = 0; expected 1 or more"),
         ({"threads": 0}, "threads = 0; expected 1 or more"),
