@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcl.trainer import PRESETS, TrainConfig, TrainError, export, resume, train
+from fastcl.trainer import PRESETS, TrainConfig, TrainError, export, loop, methods, resume, train
 from fastcl.trainer.batchnorm import SplitBatchNorm, shuffled, split_batchnorm
 from fastcl.trainer.data import load_data
 from fastcl.trainer.export import trained_encoder
@@ -111,13 +112,27 @@ def test_keys_are_normalised_in_other_company_and_queries_as_they_stand() -> Non
     assert not torch.allclose(method(*pixels())[1], key)
 
 
-def test_nothing_is_shuffled_where_batchnorm_sees_the_whole_batch_or_nothing() -> None:
+def test_nothing_is_shuffled_where_batchnorm_sees_the_whole_batch_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "shuffled", None)  # whose call would raise
     method = moco()
     _, key = method(*pixels())
     method.seed = 5
     assert torch.equal(method(*pixels())[1], key)
     split = moco(bn_splits=4).eval()
     torch.testing.assert_close(split(*pixels())[1], moco().eval()(*pixels())[1], rtol=0, atol=0)
+
+
+def test_every_step_has_a_seed_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, seen = loop._step, list[int]()
+
+    def spy(method: Any, *args: Any) -> tuple[float, float]:
+        seen.append(method.seed)
+        return step(method, *args)
+
+    monkeypatch.setattr(loop, "_step", spy)
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(TrainConfig(output=str(tmp_path / folder), seed=seed, **SHORT | {"steps": 3, "batch_size": 8}))
+    assert seen[:3] == seen[3:6] and len(set(seen)) == 6
 
 
 @pytest.mark.filterwarnings("ignore:got an encoder with ")  # BatchNorm sees chunks
