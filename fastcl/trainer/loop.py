@@ -100,7 +100,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
             if ranks.first:
                 log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
                 board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
-                progress = stack.enter_context(Progress(config.steps, start))
+                progress = stack.enter_context(Progress(config.steps, start, device))
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
