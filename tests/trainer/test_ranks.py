@@ -19,12 +19,10 @@ RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "chec
 SGD = {"optimizer": "sgd", "learning_rate": 0.05}
 CASES = {  # further options, dtype, largest relative distance of the weights
     "simclr": ({}, "float64", 1e-12),
-    "moco": ({}, "float64", 1e-12),
-    "moco, chunks": ({"chunk": 10}, "float64", 1e-12),
+    "moco": ({"chunk": 10}, "float64", 1e-12),
     "supcon": ({"accumulate": 2}, "float64", 1e-12),
     "triplet": ({}, "float64", 1e-12),
-    "clip": (SGD | {"accumulate": 2}, "float64", 1e-12),
-    "clip, chunks": (SGD | {"chunk": 5}, "float64", 1e-12),
+    "clip": (SGD | {"accumulate": 2, "chunk": 5, "text_width": 32}, "float64", 1e-12),
     "simclr, fp32, chunks": (SGD | {"chunk": 8}, "float32", 1e-6),
 }
 
