@@ -209,6 +209,12 @@ def test_a_run_in_half_precision_and_chunks(tmp_path: Path) -> None:
     assert losses[0] < math.log(32) * 2 and all(map(math.isfinite, losses)) and result["zero_shot"] is not None
 
 
+def test_the_probes_of_a_data_set_of_captions_alone_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "load_data", lambda config: said(digits(), "a"))
+    with pytest.raises(TrainError, match="0 labelled training images; expected at least 10"):
+        train(TrainConfig(**FEW))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
