@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import TrainError
 
-FORMAT = 2  # 2: a digest
+FORMAT = 3  # 2: a digest; 3: which data, and which of its images are broken
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -33,10 +33,30 @@ class TrainConfig:
         "siamese",
         "triplet",
     )
-    data: str = _option("digits", "data set", "digits", "fashion-mnist", "cifar10", "stl10", "imagefolder", "imagenet")
+    data: str = _option(
+        "digits",
+        "data set; shards are WebDataset's tar files, idx the files that MNIST comes in, given is data= in Python",
+        "digits",
+        "fashion-mnist",
+        "cifar10",
+        "stl10",
+        "imagefolder",
+        "imagenet",
+        "shards",
+        "idx",
+        "given",
+    )
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
-    image_size: int = _option(224, "pixels per side of imagefolder and imagenet images")
+    image_size: int = _option(224, "pixels per side of imagefolder, imagenet and shards images")
+    decode_threads: int | None = _option(
+        None, "threads that decode those images (default: as many as cores and 4); results are the same"
+    )
+    max_corrupt: float = _option(
+        0.05,
+        "share of the images read so far that may be broken, 0 to 1; another of the class stands in for one, and "
+        "skipped.json lists them",
+    )
     encoder: str | None = _option(
         None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
     )
@@ -147,6 +167,7 @@ class TrainConfig:
             "checkpoint_every",
             "probe_every",
             "threads",
+            "decode_threads",
         )
         for name in counts:
             value, low = getattr(self, name), least.get(name, 1)
@@ -168,6 +189,8 @@ class TrainConfig:
             raise TrainError(f"got margin = {self.margin}; expected a finite number, 0 or more. Distances end at 2.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
+        if not 0 <= self.max_corrupt <= 1:
+            raise TrainError(f"got max_corrupt = {self.max_corrupt}; expected a share, 0 to 1. Try 0.05.")
         if self.control == "frozen-queue" and self.method != "moco":
             raise TrainError(
                 f"got control = 'frozen-queue' for {self.method}; expected moco, which has one. Choose --method moco."

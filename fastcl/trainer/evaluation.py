@@ -28,7 +28,12 @@ _COLUMNS = {
 
 
 def evaluate(
-    folder: Path | str, probe: str | None = None, *, epochs: int = 20, device: str | None = None
+    folder: Path | str,
+    probe: str | None = None,
+    *,
+    epochs: int = 20,
+    device: str | None = None,
+    data: Data | None = None,
 ) -> dict[str, Any]:
     """Probe the last checkpoint of a finished or interrupted run, on all labelled images of its data set.
 
@@ -41,6 +46,7 @@ def evaluate(
             each class, and ``fine-tune``, see :func:`fine_tune`; all of them when omitted.
         epochs: of fine-tuning.
         device: where to compute; that of the run when omitted.
+        data: the images, where the run was given them.
 
     Returns:
         What ``evaluation.json`` holds: accuracies in percent on the held-out images, of raw pixels, of the encoder with
@@ -58,7 +64,8 @@ def evaluate(
     state = load_checkpoint(folder / "checkpoint.pt")
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
     with loop._threads(config.threads):
-        accuracy = _accuracies(config, state, probes, epochs, loop._device(device or config.device))
+        images = load_data(config, data)
+        accuracy = _accuracies(config, images, state, probes, epochs, loop._device(device or config.device))
     result: dict[str, Any] = {
         "method": config.method,
         "dataset": config.data,
@@ -122,9 +129,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _accuracies(
-    config: TrainConfig, state: Mapping[str, Any], probes: tuple[str, ...], epochs: int, device: torch.device
+    config: TrainConfig,
+    data: Data,
+    state: Mapping[str, Any],
+    probes: tuple[str, ...],
+    epochs: int,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
-    data = load_data(config)
     prober = Prober(data, loop._generator("probe"), everything=True)
     method = loop._build(config, data).to(device)
     random = calibrated(method.encoder, data.train, prober.train_at, device)

@@ -32,8 +32,11 @@ from .ranks import Ranks, joined
 from .run_folder import COLUMNS, claim, metrics_log
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, data: Data | None = None) -> dict[str, Any]:
     """Train, probe and report; write the run folder.
+
+    Args:
+        data: the images, where ``config.data`` is ``"given"``.
 
     Returns:
         What ``result.json`` holds.
@@ -44,16 +47,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     config = config.resolved()
     with joined(config) as ranks:
-        return _run(config, Path(str(config.output)), None, ranks)
+        return _run(config, Path(str(config.output)), None, ranks, data)
 
 
-def resume(folder: Path | str) -> dict[str, Any]:
+def resume(folder: Path | str, *, data: Data | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its last checkpoint, to the bits that it would have reached uninterrupted.
 
     A finished run is left alone and its result returned.
 
+    Args:
+        data: what :func:`train` was given, the same.
+
     Raises:
-        TrainError: there is no checkpoint, or it cannot be read.
+        TrainError: there is no checkpoint, it cannot be read, or the data are other ones.
     """
     folder = Path(folder)
     if (folder / "result.json").exists():
@@ -62,15 +68,19 @@ def resume(folder: Path | str) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoint.pt")
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
-        return _run(config, folder, state, ranks)
+        return _run(config, folder, state, ranks, data)
 
 
-def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
+def _run(
+    config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks, given: Data | None
+) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
     events = need("torch.utils.tensorboard", "the event log")
     device = _device(config.device)
-    data = load_data(config)
+    data = load_data(config, given)
+    if state is not None:
+        data.load_state_dict(state["data"])
     if config.method == "supcon" and bool((data.train.labels < 0).any()):
         raise TrainError(
             f"got images without labels in {config.data} for supcon; expected labels for all. Choose another method."
@@ -99,6 +109,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
 
         with ExitStack() as stack:
             if ranks.first:
+                stack.callback(data.decoder.list_broken, folder / "skipped.json")  # however this ends
                 log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
                 board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
                 progress = stack.enter_context(Progress(config.steps, start))
@@ -121,6 +132,9 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                         f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
                         f"--temperature. The last checkpoint is in {folder}."
                     )
+                saving = step % config.checkpoint_every == 0 or step == config.steps
+                if saving:
+                    ranks.unite(data.decoder.state, device)
                 if not ranks.first:
                     continue
                 row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
@@ -138,7 +152,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 images_per_second = config.batch_size * step / seconds
                 board.add_scalar("images_per_second", images_per_second, step)
                 progress.update(step, loss, images_per_second, loss_seconds / seconds)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                if saving:
                     save_checkpoint(
                         folder / "checkpoint.pt",
                         {
@@ -150,8 +164,10 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                             "optimizer": optimizer.state_dict(),
                             "scaler": scaler.state_dict(),
                             "history": history,
+                            "data": data.state_dict(),
                         },
                     )
+                    data.decoder.list_broken(folder / "skipped.json")
         result = None
         if ranks.first:
             untrained = _build(config, data).to(device).encoder
@@ -202,6 +218,7 @@ def _batch(
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
+    at = data.train.shown(at)
     view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
     if config.control == "shuffled-pairs":
         view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image

@@ -18,7 +18,7 @@ from ..pairwise import l2_normalize, pair_topk
 from . import report
 from .checkpoint import load_checkpoint, write_atomically
 from .config import TrainConfig
-from .data import load_data
+from .data import Data, load_data
 from .errors import TrainError
 from .export import trained_encoder
 from .models import encode
@@ -61,8 +61,11 @@ th, td {{ text-align: left; padding: 0.1rem 1.5rem 0.1rem 0; font-variant-numeri
 """
 
 
-def write_page(run: Path | str) -> Path:
+def write_page(run: Path | str, *, data: Data | None = None) -> Path:
     """Write ``report.html`` into the folder of a finished run; pictures are inside, and nothing else is loaded.
+
+    Args:
+        data: the images, where the run was given them.
 
     Returns:
         The file.
@@ -79,7 +82,7 @@ def write_page(run: Path | str) -> Path:
         )
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     config, history = TrainConfig(**state["config"]), state["history"]
-    data, (encoder, _) = load_data(config), trained_encoder(run)
+    data, (encoder, _) = load_data(config, data), trained_encoder(run)
     labelled = (data.test.labels >= 0).nonzero().squeeze(1)
     at = labelled[:: -(-len(labelled) // _SHOWN)]
     features, labels = encode(encoder, data.test, at, torch.device("cpu")), data.test.labels[at]
