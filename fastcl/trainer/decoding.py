@@ -165,8 +165,6 @@ def _pixels(content: bytes, size: int) -> Tensor | None:
         if image.mode == "P" and "transparency" in image.info:  # which Pillow warns of otherwise
             image = image.convert("RGBA")
         image = image.convert("RGB")
-        if 0 in image.size:
-            return None
         pixels = fit(image, (size, size), image_module.Resampling.BILINEAR).tobytes()
     except MemoryError:
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.trainer import TrainConfig, TrainError, resume, table, train
+from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
 from fastcl.trainer.checkpoint import load_checkpoint
 from fastcl.trainer.data import Data, load_data
 from fastcl.trainer.decoding import Decoder, Part, _pixels
@@ -103,7 +103,10 @@ def test_every_kind_of_image_becomes_eight_bits_of_rgb(recwarn: pytest.WarningsR
     assert not recwarn.list
 
 
-def test_a_program_in_the_clothes_of_an_image_is_not_run() -> None:
+def test_files_that_other_programs_would_decode_are_no_images() -> None:
+    from PIL import Image
+
+    assert _pixels(encoded(Image.new("RGB", (8, 8)), "PCX"), SIZE) is None  # Pillow reads it by itself
     assert _pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", SIZE) is None
 
 
@@ -200,11 +203,19 @@ def test_threads_that_decode_change_nothing(
 def test_a_resumed_run_on_dirty_images_ends_as_if_it_had_not_stopped(
     dirty: tuple[Path, list[Path]], whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "run"
+    folder, listed = tmp_path / "run", []
     with monkeypatch.context() as patch:
         interrupt(patch, at=6)
+        step = loop._step
+
+        def looked(*args: Any) -> tuple[float, float]:
+            listed.append((folder / "skipped.json").exists())
+            return step(*args)
+
+        patch.setattr(loop, "_step", looked)
         with pytest.raises(KeyboardInterrupt):
             train(config(dirty[0], output=str(folder)))
+    assert listed == [False] * 3 + [True] * 3  # with a checkpoint, for a run that is killed
     known = load_checkpoint(folder / "checkpoint.pt")["data"]["decoded"]
     assert 0 < int((known == 2).sum()) < 10 and int((known == 0).sum()) > 0
     result = resume(folder)

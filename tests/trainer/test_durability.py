@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastcl.trainer import TrainConfig, TrainError, loop, resume, train
-from fastcl.trainer.checkpoint import _leaves, load_checkpoint, save_checkpoint
+from fastcl.trainer.checkpoint import FORMAT, _leaves, load_checkpoint, save_checkpoint
 
 from ..processes import together
 from .conftest import SHORT
@@ -101,14 +101,14 @@ def test_every_flipped_bit_and_every_cut_is_refused_or_harmless(tmp_path: Path) 
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, state(1))
     whole, draw = path.read_bytes(), random.Random(SEED)
-    assert same_state(load_checkpoint(path), {"format": 2, **state(1)})
+    assert same_state(load_checkpoint(path), {"format": FORMAT, **state(1)})
     refused = 0
     for at in [draw.randrange(8 * len(whole)) for _ in range(300)]:
         flipped = bytearray(whole)
         flipped[at // 8] ^= 1 << at % 8
         path.write_bytes(flipped)
         try:
-            assert same_state(load_checkpoint(path), {"format": 2, **state(1)}), (SEED, at)
+            assert same_state(load_checkpoint(path), {"format": FORMAT, **state(1)}), (SEED, at)
         except TrainError:
             refused += 1
     assert refused > 30, SEED

@@ -46,7 +46,7 @@ def config(root: Path, **settings: Any) -> TrainConfig:
 def test_members_with_one_key_are_a_sample(tmp_path: Path) -> None:
     long = "d" * 120  # a name longer than the header of a tar has room for
     members = [
-        ("__meta__.json", b"[]"),
+        ("__meta__/000.jpg", b"of the format itself"),
         ("README", b"no kind"),
         ("._000.jpg", b"of a Mac"),
         ("a.b/000.seg.png", b"not the image"),
