@@ -31,15 +31,13 @@ class Images:
     Attributes:
         labels: ``(N,)`` int64; -1 for an image without a label, which only the encoder sees.
         read: from indices ``(B,)`` to images ``(B, C, H, W)``, fp32, 0 to 1. Equal indices, equal images: no chance.
-        captions: N texts, or None where the data set has none; empty for an image without one.
-        shown: from indices ``(B,)`` to those ``(B,)`` of the images that ``read`` gives for them. Others where an image
-            cannot be decoded: the label of its stand-in is the same, the caption is not.
+        captions: what is said of the image that ``read`` gives, N texts, empty for one of which nothing is; None where
+            the data set has none.
     """
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
     captions: Sequence[str] | None = None
-    shown: Callable[[Tensor], Tensor] = lambda at: at
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -300,11 +298,24 @@ def _from_files(
         return Images(
             labels[at],
             lambda i: decoder.read(at[i]),
-            [captions[i] for i in at.tolist()] if captions else None,
-            lambda i: torch.searchsorted(at, decoder.shown(at[i])),
+            _Captions(captions, at, decoder) if captions else None,
         )
 
     return Data(half(halves[0]), half(halves[1]), classes, RGB, decoder)
+
+
+class _Captions(Sequence[str]):
+    """Captions of some images: that of its stand-in for one that cannot be decoded."""
+
+    def __init__(self, every: Sequence[str], at: Tensor, decoder: Decoder) -> None:
+        self._every, self._at, self._decoder = every, at, decoder
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: Any) -> Any:
+        shown = [self._every[i] for i in self._decoder.shown(self._at[index].reshape(-1)).tolist()]
+        return shown if isinstance(index, slice) else shown[0]
 
 
 def _split(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -218,7 +218,6 @@ def _batch(
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
-    at = data.train.shown(at)
     view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
     if config.control == "shuffled-pairs":
         view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image

@@ -248,8 +248,6 @@ def test_an_image_and_its_label_belong_together(dirty: tuple[Path, list[Path]]) 
         at = torch.arange(len(half))
         light = half.read(at).mean((1, 2, 3)) > 0.5
         assert torch.equal(light, half.labels == 1)
-        assert torch.equal(half.labels[half.shown(at)], half.labels)
-        assert torch.equal(half.read(half.shown(at)), half.read(at))
     train_greys = {round(x * 255) for x in data.train.read(torch.arange(len(data.train))).mean((1, 2, 3)).tolist()}
     test_greys = {round(x * 255) for x in data.test.read(torch.arange(len(data.test))).mean((1, 2, 3)).tolist()}
     assert not train_greys & test_greys  # nothing of one half stands in for the other
