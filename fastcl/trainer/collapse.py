@@ -20,20 +20,17 @@ _SAMPLE = 1024  # images
 _AT_ONCE = 256  # images whose views live at once
 
 
-def monitors(
-    encoder: nn.Module, head: nn.Module, data: Data, at: Tensor, generator: torch.Generator, device: torch.device
-) -> dict[str, float]:
+def monitors(encoder: nn.Module, head: nn.Module, data: Data, at: Tensor, device: torch.device) -> dict[str, float]:
     """The three figures of at most 1,024 of the training images ``at`` ``(N,)``, evenly spaced over them.
 
     Args:
         encoder, head: ``(B, C, H, W)`` to embeddings ``(B, D)``; they are left in the mode they are in.
-        generator: of the views; its state decides them.
 
     Returns:
         By the names of :data:`MONITORS`; NaN where an embedding is not finite.
     """
     at = at[torch.arange(min(len(at), _SAMPLE)) * len(at) // min(len(at), _SAMPLE)]
-    one, other = map(l2_normalize, _embeddings(encoder, head, data, at, generator, device))
+    one, other = map(l2_normalize, _embeddings(encoder, head, data, at, device))
     if not bool((one.isfinite() & other.isfinite()).all()):
         return dict.fromkeys(MONITORS, math.nan)
     return {"alignment": alignment(one, other), "uniformity": uniformity(one), "effective_rank": effective_rank(one)}
@@ -77,7 +74,7 @@ def effective_rank(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def _embeddings(
-    encoder: nn.Module, head: nn.Module, data: Data, at: Tensor, generator: torch.Generator, device: torch.device
+    encoder: nn.Module, head: nn.Module, data: Data, at: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Embeddings ``(N, D)`` of two views of the images, fp32 on the CPU."""
     was_training = [(module, module.training) for module in (encoder, head)]
@@ -86,7 +83,7 @@ def _embeddings(
     parts = []
     for part in at.split(_AT_ONCE):
         images = data.train.read(part).to(device)
-        views = torch.cat(data.augmentation.two_views(images, generator))
+        views = torch.cat(data.augmentation.views(images, part, ("monitors",)))
         parts.append(head(encoder(views)).float().cpu().chunk(2))
     for module, training in was_training:
         module.train(training)

@@ -14,6 +14,9 @@ def _option(default: Any, help: str, *choices: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices or None})
 
 
+MULTI_CROP = ("simclr", "supcon", "triplet", "byol", "simsiam")  # methods that take more than two views
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. ``None`` means: chosen by :meth:`resolved` from the method, the data or the machine.
@@ -57,6 +60,10 @@ class TrainConfig:
         "share of the images read so far that may be broken, 0 to 1; another of the class stands in for one, and "
         "skipped.json lists them",
     )
+    local_crops: int = _option(
+        0, f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}"
+    )
+    local_size: int | None = _option(None, "pixels per side of those (default: 3/7 of the image's)")
     encoder: str | None = _option(
         None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
     )
@@ -153,13 +160,15 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0}
+        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0}
         counts = (
             "steps",
             "warmup_steps",
             "batch_size",
             "chunk",
             "accumulate",
+            "local_crops",
+            "local_size",
             "queue_size",
             "dim",
             "hidden",
@@ -191,6 +200,11 @@ class TrainConfig:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
         if not 0 <= self.max_corrupt <= 1:
             raise TrainError(f"got max_corrupt = {self.max_corrupt}; expected a share, 0 to 1. Try 0.05.")
+        if self.local_crops and self.method not in MULTI_CROP:
+            raise TrainError(
+                f"got local_crops = {self.local_crops} for {self.method}; expected a method that takes more than two "
+                f"views: {', '.join(MULTI_CROP)}. Choose one, or leave them out."
+            )
         if self.control == "frozen-queue" and self.method != "moco":
             raise TrainError(
                 f"got control = 'frozen-queue' for {self.method}; expected moco, which has one. Choose --method moco."

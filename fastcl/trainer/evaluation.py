@@ -101,12 +101,13 @@ def fine_tune(encoder: nn.Module, data: Data, config: TrainConfig, epochs: int, 
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=config.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     generator = loop._generator(config.seed, "fine-tune")
-    for _ in range(epochs):
+    for epoch in range(epochs):
         order = labelled[torch.randperm(len(labelled), generator=generator)]
         for at in order[: batches * batch_size].split(batch_size):
-            images, _ = data.augmentation.two_views(data.train.read(at).to(device), generator)
+            images = data.train.read(at).to(device)
+            (view,) = data.augmentation.views(images, at, ("fine-tune", config.seed, epoch), count=1)
             optimizer.zero_grad()
-            cross_entropy(network(images), data.train.labels[at].to(device)).backward()
+            cross_entropy(network(view), data.train.labels[at].to(device)).backward()
             optimizer.step()
             cosine.step()
     known = (data.test.labels >= 0).nonzero().squeeze(1)

@@ -16,7 +16,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def add_gradients(
     method: Method,
     network: nn.Module,
-    views: tuple[Tensor, Tensor],
+    views: tuple[Tensor, ...],
     labels: Tensor,
     *,
     chunk: int | None,

@@ -1,4 +1,4 @@
-"""The training loop. What is random in step t is a function of (seed, t), so an interrupted run goes on exactly."""
+"""The training loop. What is random is a function of (seed, epoch, image), so an interrupted run goes on exactly."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _run(
                 stack.callback(data.decoder.list_broken, folder / "skipped.json")  # however this ends
                 log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
                 board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
-                progress = stack.enter_context(Progress(config.steps, start))
+                progress = stack.enter_context(Progress(config.steps, start, device))
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
@@ -141,7 +141,7 @@ def _run(
                 if step % config.probe_every == 0 or step == config.steps:
                     row |= prober.monitor(prober.features(method.encoder, device))
                     head = method.get_submodule("head")
-                    seen = monitors(method.encoder, head, data, prober.train_at, _generator("monitors"), device)
+                    seen = monitors(method.encoder, head, data, prober.train_at, device)
                     progress.probed(step, seen["effective_rank"])
                     row |= seen
                 history.append(row)
@@ -180,7 +180,7 @@ def _run(
 def _step(
     method: Method,
     optimizer: torch.optim.Optimizer,
-    views: tuple[Tensor, Tensor],
+    views: tuple[Tensor, ...],
     labels: Tensor,
     device: torch.device,
     chunk: int | None = None,
@@ -199,8 +199,8 @@ def _step(
     size = len(labels) // accumulate
     parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
     done = []
-    for view0, view1, part in parts:
-        given = method, parallel or method, (view0, view1), part
+    for *part, of_part in parts:
+        given = method, parallel or method, tuple(part), of_part
         done.append(add_gradients(*given, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate))
     scaler.step(optimizer)
     scaler.update()
@@ -209,7 +209,7 @@ def _step(
 
 def _batch(
     config: TrainConfig, data: Data, step: int, device: torch.device, rows: Tensor | None = None
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels.
 
     Of the whole batch, or of some rows of it.
@@ -218,10 +218,13 @@ def _batch(
     epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
     at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
-    view0, view1 = data.augmentation.two_views(images, _generator(config.seed, "views", step), rows, config.batch_size)
+    views = data.augmentation.views(
+        images, at, ("views", config.seed, epoch), local_crops=config.local_crops, local_size=config.local_size
+    )
     if config.control == "shuffled-pairs":
-        view1 = view1.roll(1, 0)  # the order is random, so the neighbour is a random other image
-    return (view0, view1), data.train.labels[at].to(device)
+        # the order is random, so a neighbour is a random other image
+        views = tuple(view.roll(number, 0) for number, view in enumerate(views))
+    return views, data.train.labels[at].to(device)
 
 
 @functools.lru_cache(maxsize=1)

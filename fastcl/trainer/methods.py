@@ -6,6 +6,8 @@ Networks that follow another slowly run in training mode: their BatchNorm normal
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from types import ModuleType
 
 import torch
@@ -40,8 +42,8 @@ class Method(nn.Module):
     def begin_step(self) -> None:
         """Before the embeddings of every step."""
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Two views ``(B, C, H, W)`` to embeddings ``(B, dim)``; one pass over both, so BatchNorm sees both."""
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Views ``(B, C, H, W)`` to embeddings ``(B, dim)``: two, then local crops, where the config has some."""
         raise NotImplementedError
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Method(nn.Module):
 
 
 class SimCLR(Method):
-    """SimCLR (Chen et al. 2020, arXiv:2002.05709): two views, one encoder, NT-Xent."""
+    """SimCLR (Chen et al. 2020, arXiv:2002.05709): views, one encoder, NT-Xent, to which all views are positives."""
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
@@ -63,11 +65,12 @@ class SimCLR(Method):
         self.head = _plain_head(features, config)
         self.loss = NTXentLoss(config.temperature)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.encoder(torch.cat([view0, view1]))).chunk(2)
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        return self.head(_features(self.encoder, views)).chunk(len(views))
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        loss: Tensor = functions.nt_xent(l2_normalize(torch.cat(embeddings)), temperature=self.loss.temperature)
+        z = l2_normalize(torch.cat(embeddings))
+        loss: Tensor = functions.nt_xent(z, views=len(embeddings), temperature=self.loss.temperature)
         return loss
 
 
@@ -84,7 +87,7 @@ class SupCon(SimCLR):
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         z = l2_normalize(torch.cat(embeddings))
-        loss: Tensor = functions.supcon(z, labels.repeat(2), temperature=self.loss.temperature)
+        loss: Tensor = functions.supcon(z, labels.repeat(len(embeddings)), temperature=self.loss.temperature)
         return loss
 
 
@@ -110,8 +113,9 @@ class MoCo(Method):
         _follow(self.key_encoder, self.encoder, self.momentum)
         _follow(self.key_head, self.head, self.momentum)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Queries of the first view, and keys of the second."""
+        view0, view1 = views
         with torch.no_grad():
             key = self.key_head(self.key_encoder(view1))
         return self.head(self.encoder(view0)), key
@@ -143,22 +147,18 @@ class BYOL(Method):
         _follow(self.target_encoder, self.encoder, self.momentum)
         _follow(self.target_head, self.head, self.momentum)
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Predictions of both views, then their targets."""
-        views = torch.cat([view0, view1])
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of all views, then the targets of the first two."""
         with torch.no_grad():
-            targets = self.target_head(self.target_encoder(views))
-        return (*self.predictor(self.head(self.encoder(views))).chunk(2), *targets.chunk(2))
+            targets = self.target_head(self.target_encoder(torch.cat(views[:2])))
+        predictions = self.predictor(self.head(_features(self.encoder, views)))
+        return (*predictions.chunk(len(views)), *targets.chunk(2))
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = embeddings
-        loss: Tensor = self.loss(p0, z1) + self.loss(p1, z0)
-        return loss
+        return _both_ways(self.loss, *embeddings)
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = map(l2_normalize, embeddings)
-        loss: Tensor = functions.byol(p0, z1) + functions.byol(p1, z0)
-        return loss
+        return _both_ways(functions.byol, *map(l2_normalize, embeddings))
 
 
 class MoCoV3(BYOL):
@@ -192,20 +192,16 @@ class SimSiam(Method):
         self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.loss = NegativeCosineLoss()
 
-    def forward(self, view0: Tensor, view1: Tensor) -> tuple[Tensor, ...]:
-        """Predictions of both views, then their targets."""
-        z = self.head(self.encoder(torch.cat([view0, view1])))
-        return (*self.predictor(z).chunk(2), *z.detach().chunk(2))
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of all views, then the targets of the first two."""
+        z = self.head(_features(self.encoder, views))
+        return (*self.predictor(z).chunk(len(views)), *z.detach().chunk(len(views))[:2])
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = embeddings
-        loss: Tensor = (self.loss(p0, z1) + self.loss(p1, z0)) / 2
-        return loss
+        return _both_ways(self.loss, *embeddings) / 2
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        p0, p1, z0, z1 = map(l2_normalize, embeddings)
-        loss: Tensor = (functions.negative_cosine(p0, z1) + functions.negative_cosine(p1, z0)) / 2
-        return loss
+        return _both_ways(functions.negative_cosine, *map(l2_normalize, embeddings)) / 2
 
 
 class Siamese(SimCLR):
@@ -237,7 +233,7 @@ class Siamese(SimCLR):
 class Triplet(SimCLR):
     """FaceNet's loss (Schroff et al. 2015, arXiv:1503.03832, section 3.2) of views: an image is a class of its own.
 
-    The positive of a view is the other one; its negative is semi-hard among all views of the batch: the nearest that is
+    The positives of a view are the others; a negative is semi-hard among all views of the batch: the nearest that is
     no nearer than the positive, or else the furthest.
     """
 
@@ -249,19 +245,36 @@ class Triplet(SimCLR):
         self.loss = BatchTripletLoss(margin, mining="semi-hard", distance="squared")
 
     def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        loss: Tensor = self.loss(torch.cat(embeddings), self.loss._numbered(self._images(labels)))
+        loss: Tensor = self.loss(torch.cat(embeddings), self.loss._numbered(self._images(labels, embeddings)))
         return loss
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         z = l2_normalize(torch.cat(embeddings))
         loss: Tensor = functions.triplet_semi_hard(
-            z, self._images(labels), margin=self.loss.margin, distance=self.loss.distance
+            z, self._images(labels, embeddings), margin=self.loss.margin, distance=self.loss.distance
         )
         return loss
 
     @staticmethod
-    def _images(labels: Tensor) -> Tensor:
-        return torch.arange(len(labels), device=labels.device).repeat(2)
+    def _images(labels: Tensor, views: Sequence[Tensor]) -> Tensor:
+        return torch.arange(len(labels), device=labels.device).repeat(len(views))
+
+
+def _features(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Of all views, one under the other. One pass over those of one size, so BatchNorm sees them together."""
+    return torch.cat([encoder(torch.cat(list(same))) for _, same in groupby(views, lambda view: view.shape)])
+
+
+def _both_ways(loss: Callable[[Tensor, Tensor], Tensor], *embeddings: Tensor) -> Tensor:
+    """The targets of the first two views, which come last, each against the predictions of all other views.
+
+    A sum over the two targets of the mean over predictions. Local crops are no targets (SwAV, arXiv:2006.09882, 3.3).
+    """
+    *predictions, z0, z1 = embeddings
+    at_z0, at_z1 = predictions[1:], [predictions[0], *predictions[2:]]
+    total = sum(loss(p, z1) for p in at_z1) + sum(loss(p, z0) for p in at_z0)
+    assert isinstance(total, Tensor)
+    return total / len(at_z0)
 
 
 def _plain_head(features: int, config: TrainConfig) -> nn.Module:

@@ -34,7 +34,7 @@ def finish(
     prober: Prober,
     method: Method,
     untrained: nn.Module,
-    batch: tuple[tuple[Tensor, Tensor], Tensor],
+    batch: tuple[tuple[Tensor, ...], Tensor],
     history: list[dict[str, Any]],
     seconds: float,
     loss_seconds: float,

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fastcl import functional, reference
 from fastcl.trainer import TrainConfig
+from fastcl.trainer.config import MULTI_CROP
 from fastcl.trainer.data import load_data
 from fastcl.trainer.loop import _build, _step
 from fastcl.trainer.methods import BYOL, METHODS, Method, MoCo, MoCoV3, SimSiam
@@ -161,6 +162,52 @@ def test_the_target_of_simsiam_is_the_other_view() -> None:
     p0, p1, z0, z1 = (torch.nn.functional.normalize(e.double(), dim=1) for e in method(*views()))
     want = -((p0 * z1).sum(1).mean() + (p1 * z0).sum(1).mean()) / 2
     assert method.objective(LABELS, p0, p1, z0, z1).item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def local_crops(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(16, 1, 5, 5, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", MULTI_CROP)
+def test_local_crops_join_the_views(name: str) -> None:
+    method, crops = build(method=name), local_crops(3)
+    embeddings = method(*views(), *crops)
+    assert [e.shape for e in embeddings] == [(16, 64)] * (7 if name in ("byol", "simsiam") else 5)
+    loss = method.objective(LABELS, *embeddings)
+    assert loss.item() == pytest.approx(method.formula(functional, LABELS, *embeddings).item(), rel=1e-6)
+    dense = method.formula(reference, LABELS, *(e.double() for e in embeddings))
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    order = [*embeddings[:2], embeddings[4], embeddings[3], embeddings[2], *embeddings[5:]]
+    assert method.objective(LABELS, *order).item() == pytest.approx(loss.item(), rel=1e-5)  # no crop is above another
+    for crop in embeddings[2:5]:
+        (slope,) = torch.autograd.grad(loss, crop, retain_graph=True)
+        assert slope.any()
+
+
+def test_local_crops_look_for_both_targets_and_are_none() -> None:
+    """SimSiam with two crops by hand, and BYOL, which sees squared distances."""
+    for name, distance in (("simsiam", lambda p, z: -(p * z).sum(1).mean() / 2), ("byol", squared)):
+        method = build(method=name)
+        p0, p1, p2, p3, z0, z1 = (
+            torch.nn.functional.normalize(e.double(), dim=1) for e in method(*views(), *local_crops(2))
+        )
+        want = sum(distance(p, z1) for p in (p0, p2, p3)) / 3 + sum(distance(p, z0) for p in (p1, p2, p3)) / 3
+        assert method.objective(LABELS, p0, p1, p2, p3, z0, z1).item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def squared(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return (p - z).square().sum(1).mean()
+
+
+def test_batchnorm_sees_one_size_of_views_at_a_time() -> None:
+    """So a small view changes nothing of what the encoder makes of the others."""
+    method, seen = build(), []
+    method.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    method(*views(), *local_crops(2))
+    assert [features.shape for features in seen] == [(32, 128), (32, 128)]
+    method(*views())
+    assert torch.equal(seen[0], seen[2])
 
 
 def test_moco_v3_is_algorithm_1_of_the_paper() -> None:
