@@ -14,6 +14,7 @@ from fastcl.trainer import TrainConfig, train
 from fastcl.trainer.data import load_data
 from fastcl.trainer.errors import MissingData
 from fastcl.trainer.shards import samples
+from fastcl.trainer.text import captions as clip_captions
 
 from .test_data import need_torchvision
 from .test_decoding import SIZE, damage, picture
@@ -121,6 +122,7 @@ def test_a_stand_in_brings_its_caption(tmp_path: Path) -> None:
     captions = data.train.captions
     assert captions is not None and [captions[i] for i in at.tolist()] == ["number 3", "number 6", "number 5"]
     assert (data.train.read(at).mean((1, 2, 3)) * 255).round().tolist() == [131, 3, 132]
+    assert clip_captions(data, at, seed=0, epoch=0)[1] == "number 6"  # what CLIP reads
     assert captions[-20:6] == ["number 6", "number 5"] and len(captions) == len(list(captions)) == 24
     assert data.decoder.broken() == [f"{tmp_path / 'train-0.tar'}/000004.png"]
 
@@ -140,7 +142,7 @@ def test_a_run_on_dirty_shards(tmp_path: Path) -> None:
 def test_images_without_a_class_cannot_be_probed(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.tar", [(f"{i}.png", picture(i)) for i in range(24)])
     assert (load_data(config(tmp_path)).train.labels == -1).all()
-    with pytest.raises(MissingData, match="got 0 labelled images for training and 0 held out"):
+    with pytest.raises(MissingData, match="got 0 labelled test images"):
         train(config(tmp_path, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
