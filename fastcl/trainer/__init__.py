@@ -7,6 +7,7 @@
     result = train(TrainConfig(method="moco", steps=900, output="runs/first"))
     print(result["probe"]["trained"]["few10"]["mean"])
     train(preset("simclr-cifar10", data_dir="data"))
+    train(TrainConfig(data="given"), data=from_tensors(images, labels, test_images, test_labels))
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .augment import Augmentation
 from .config import TrainConfig
+from .data import Data, Images
 from .errors import TrainError
 from .export import export
+from .given import from_tensors
 from .loop import resume, train
 from .page import write_page
 from .presets import PRESETS, Preset, preset
@@ -29,11 +33,15 @@ from .report import table
 
 __all__ = [
     "PRESETS",
+    "Augmentation",
+    "Data",
+    "Images",
     "Preset",
     "TrainConfig",
     "TrainError",
     "add_arguments",
     "export",
+    "from_tensors",
     "load_config",
     "preset",
     "resume",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import TrainError
 
-FORMAT = 3  # 3: a digest, and the shape of the images
+FORMAT = 3  # 2: a digest; 3: views by image, the shape of the images, and which of them are broken
 _SHOWN = 300  # characters of what differs
 
 

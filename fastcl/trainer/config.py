@@ -37,10 +37,30 @@ class TrainConfig:
         "triplet",
         "clip",
     )
-    data: str = _option("digits", "data set", "digits", "fashion-mnist", "cifar10", "stl10", "imagefolder", "imagenet")
+    data: str = _option(
+        "digits",
+        "data set; shards are WebDataset's tar files, idx the files that MNIST comes in, given is data= in Python",
+        "digits",
+        "fashion-mnist",
+        "cifar10",
+        "stl10",
+        "imagefolder",
+        "imagenet",
+        "shards",
+        "idx",
+        "given",
+    )
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
-    image_size: int = _option(224, "pixels per side of imagefolder and imagenet images")
+    image_size: int = _option(224, "pixels per side of imagefolder, imagenet and shards images")
+    decode_threads: int | None = _option(
+        None, "threads that decode those images (default: as many as cores and 4); results are the same"
+    )
+    max_corrupt: float = _option(
+        0.05,
+        "share of the images read so far that may be broken, 0 to 1; another of the class stands in for one, and "
+        "skipped.json lists them",
+    )
     local_crops: int = _option(
         0, f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}"
     )
@@ -179,6 +199,7 @@ class TrainConfig:
             "checkpoint_every",
             "probe_every",
             "threads",
+            "decode_threads",
             "bn_splits",
             "text_width",
             "text_layers",
@@ -212,6 +233,8 @@ class TrainConfig:
             raise TrainError(
                 f"got predictor_norm for {self.method}; expected moco-v3, whose code has it. Leave it out."
             )
+        if not 0 <= self.max_corrupt <= 1:
+            raise TrainError(f"got max_corrupt = {self.max_corrupt}; expected a share, 0 to 1. Try 0.05.")
         if self.text_width % 32:
             raise TrainError(f"got text_width = {self.text_width}; expected a multiple of 32. Try 64.")
         if self.bn_splits > 1 and (self.method != "moco" or self.sync_batchnorm):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import struct
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,12 @@ from torch import Tensor
 
 from .augment import DIGITS, GREY, RGB, Augmentation
 from .config import TrainConfig
-from .errors import MissingData, MissingPackage, need
+from .decoding import Decoder, Part
+from .errors import MissingData, MissingPackage, TrainError, need
+from .idx import read_idx
+from .shards import find_shards, samples
+
+_FINGERPRINT = 256  # images of each half, at most, evenly spaced, by which other data are noticed
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class Images:
 
     Attributes:
         labels: ``(N,)`` int64; -1 for an image without a label, which only the encoder sees.
-        read: from indices ``(B,)`` to images ``(B, C, H, W)``, fp32, 0 to 1.
-        captions: what is said of each image, N of them, where a data set says it.
+        read: from indices ``(B,)`` to images ``(B, C, H, W)``, fp32, 0 to 1. Equal indices, equal images: no chance.
+        captions: what is said of the image that ``read`` gives, N texts, empty for one of which nothing is; None where
+            the data set has none.
     """
 
     labels: Tensor
@@ -41,21 +45,71 @@ class Images:
 
 @dataclass(frozen=True)
 class Data:
-    """``train`` and ``test`` images, the names of the classes, and the augmentation that suits them."""
+    """``train`` and ``test`` images, the names of the classes, and the augmentation that suits them.
+
+    Attributes:
+        decoder: of images that are not in memory; it knows which of them are broken.
+    """
 
     train: Images
     test: Images
     classes: Sequence[str]
     augmentation: Augmentation
+    decoder: Decoder = field(default_factory=Decoder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of labels, classes and augmentation, and of places of images; in memory, of captions and some images.
+
+        Other images, or the same in another order, have another one, but for a change in few of many images.
+        """
+        sha = hashlib.sha256(repr((list(self.classes), self.augmentation)).encode())
+        for half in (self.train, self.test):
+            sha.update(half.labels.numpy().tobytes())
+            if not self.decoder.parts:
+                count = min(len(half), _FINGERPRINT)
+                images = half.read(torch.arange(count) * len(half) // count).contiguous()
+                sha.update(repr((images.shape, half.captions)).encode() + images.numpy().tobytes())
+        for part in self.decoder.parts:
+            sha.update(repr(part).encode())
+        return sha.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: which data these are, and which images were found broken."""
+        return {"fingerprint": self.fingerprint, "decoded": self.decoder.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the data of :meth:`state_dict`.
+
+        Raises:
+            TrainError: these are other ones.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise TrainError(
+                "got other data than the run began with; expected the same images and labels, in the same order. Give "
+                "it those, or start another run."
+            )
+        self.decoder.state.copy_(state["decoded"])
 
 
-def load_data(config: TrainConfig) -> Data:
-    """The data set of a config.
+def load_data(config: TrainConfig, given: Data | None = None) -> Data:
+    """The data set of a config, or the given one where ``config.data`` is ``"given"``.
 
     Raises:
         MissingData: it is not there or damaged; the message says how to get it.
-        MissingPackage: it needs torchvision, which is not installed or does not work.
+        MissingPackage: it needs torchvision or Pillow, which is not installed or does not work.
     """
+    if (config.data == "given") != (given is not None):
+        came = "data= with" if given is not None else "no data= for"
+        raise MissingData(
+            f"got {came} data = {config.data!r}; expected both or neither. Images in memory come from Python alone: "
+            'train(TrainConfig(data="given"), data=from_tensors(...)), and resume, evaluate and write_page with the '
+            "same data=."
+        )
+    if given is not None and not isinstance(given, Data):
+        raise MissingData(
+            f"got data= of type {type(given).__name__}; expected Data. fastcl.trainer.from_tensors makes it."
+        )
     loaders: dict[str, Callable[[TrainConfig], Data]] = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,
@@ -63,8 +117,10 @@ def load_data(config: TrainConfig) -> Data:
         "stl10": partial(_torchvision, "STL10", {"split": "train+unlabeled"}, {"split": "test"}),
         "imagefolder": _image_folder,
         "imagenet": _image_folder,
+        "idx": _idx,
+        "shards": _shards,
     }
-    data = loaders[config.data](config)
+    data = given or loaders[config.data](config)
     if len(data.train) < config.batch_size:
         raise MissingData(
             f"got batch size {config.batch_size} and {len(data.train)} training images; expected at least one full "
@@ -100,43 +156,31 @@ def _digits(config: TrainConfig) -> Data:
 
 def _fashion_mnist(config: TrainConfig) -> Data:
     folder = Path(config.data_dir or "/usr/share/datasets/fashion-mnist")
+    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot"
+    mend = "Install them with: apt-get install dataset-fashion-mnist, or name their folder with --data-dir."
+    return Data(*_idx_halves(folder, mend), names.split(), GREY)
 
-    def part(name: str) -> Images:
-        images = _read_idx(folder, f"{name}-images-idx3-ubyte", dims=3)
-        labels = _read_idx(folder, f"{name}-labels-idx1-ubyte", dims=1)
-        if len(images) != len(labels):
+
+def _idx(config: TrainConfig) -> Data:
+    """Images in the format of MNIST, most often of characters: views are not mirrored, as those of digits."""
+    if config.data_dir is None:
+        raise MissingData("got no folder for --data idx; expected --data-dir PATH. Name that of the four IDX files.")
+    train, test = _idx_halves(Path(config.data_dir), "Name their folder with --data-dir.")
+    return Data(train, test, _classes(None, train.labels, test.labels), DIGITS)
+
+
+def _idx_halves(folder: Path, mend: str) -> tuple[Images, Images]:
+    def half(name: str) -> Images:
+        images = read_idx(folder, f"{name}-images-idx3-ubyte", 3, mend)
+        labels = read_idx(folder, f"{name}-labels-idx1-ubyte", 1, mend)
+        if len(images) != len(labels) or not len(images):
             raise MissingData(
                 f"got {len(images)} images and {len(labels)} labels in {folder} ({name}); expected as many of "
-                "one as of the other. Install the files again."
+                "one as of the other, and some. Install the files again."
             )
         return _in_memory(images[:, None], labels.long())
 
-    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot"
-    return Data(part("train"), part("t10k"), names.split(), GREY)
-
-
-def _read_idx(folder: Path, name: str, dims: int) -> Tensor:
-    """One IDX file of unsigned bytes (LeCun's MNIST format), gzipped or not."""
-    for file in (folder / f"{name}.gz", folder / name):
-        if file.is_file():
-            break
-    else:
-        raise MissingData(
-            f"got no {name} or {name}.gz in {folder}; expected the four IDX files of Fashion-MNIST. "
-            "Install them with: apt-get install dataset-fashion-mnist, or name their folder with --data-dir."
-        )
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        magic, *shape = struct.unpack(f">{1 + dims}I", raw[: 4 + 4 * dims])
-    except (OSError, EOFError, ValueError, struct.error) as error:
-        raise MissingData(f"{file} cannot be read ({error}). Install it again.") from error
-    body = raw[4 + 4 * dims :]
-    if magic != 0x0800 + dims or len(body) != torch.Size(shape).numel():
-        raise MissingData(
-            f"got {file} with magic number {magic:#06x}, shape {tuple(shape)} and {len(body)} bytes; expected "
-            f"{0x0800 + dims:#06x} and as many bytes as the shape says. Install it again."
-        )
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+    return half("train"), half("t10k")
 
 
 def _torchvision(name: str, train: dict[str, Any], test: dict[str, Any], config: TrainConfig) -> Data:
@@ -189,36 +233,89 @@ def _image_folder(config: TrainConfig) -> Data:
         test_paths, test_labels, test_classes = part(root / "val")
         if classes != test_classes:
             raise MissingData(f"train/ and val/ in {root} have different classes. Give both the same folders.")
+        halves = torch.arange(len(paths)), torch.arange(len(test_paths)) + len(paths)
+        paths, labels = paths + test_paths, torch.cat([labels, test_labels])
     else:
-        every_path, every_label, classes = part(root)
-        train, test = _split(every_label)
-        paths, labels = [every_path[i] for i in train], every_label[train]
-        test_paths, test_labels = [every_path[i] for i in test], every_label[test]
-    size = config.image_size
-    return Data(_from_files(paths, labels, size), _from_files(test_paths, test_labels, size), classes, RGB)
+        paths, labels, classes = part(root)
+        halves = _split(labels)
+    return _from_files([Part(path) for path in paths], labels, halves, classes, config)
+
+
+def _shards(config: TrainConfig) -> Data:
+    """WebDataset's tar shards, ``train-*.tar`` and ``val-*.tar``, or any, of whose images a part is held out."""
+    if config.data_dir is None:
+        raise MissingData("got no folder for --data shards; expected --data-dir PATH. Name that of the .tar files.")
+    root = Path(config.data_dir)
+    train, val = find_shards(root, "train-*.tar"), find_shards(root, "val-*.tar")
+    both = bool(train and val)
+    parts = [train, val] if both else [find_shards(root, "*.tar")]
+    found = [[sample for shard in part for sample in samples(shard)] for part in parts]
+    if not all(found):
+        raise MissingData(
+            f"got no images in the .tar files of {root}; expected shards with .jpg, .jpeg, .png or .webp members, "
+            "train-*.tar and val-*.tar or others. Name another folder with --data-dir."
+        )
+    every = [sample for part in found for sample in part]
+    labels = torch.tensor([sample.label for sample in every])
+    halves = (torch.arange(len(found[0])), torch.arange(len(found[0]), len(every))) if both else _split(labels)
+    names = root / "classes.txt"
+    classes = _classes(names.read_text(encoding="utf-8").splitlines() if names.is_file() else None, labels)
+    captions = [sample.caption for sample in every]
+    return _from_files(
+        [sample.image for sample in every], labels, halves, classes, config, captions if any(captions) else None
+    )
+
+
+def _classes(names: Sequence[str] | None, *labels: Tensor) -> Sequence[str]:
+    """The names of the classes, or their numbers where there are none."""
+    count = max(int(part.max()) for part in labels) + 1
+    if names is None:
+        return [str(c) for c in range(count)]
+    if len(names) < count:
+        raise MissingData(f"got {len(names)} names for {count} classes; expected one for each. Add the others.")
+    return names
 
 
 def _in_memory(images: Tensor, labels: Tensor, peak: int = 255) -> Images:
     return Images(labels, lambda at: images[at].float() / peak)
 
 
-def _from_files(paths: list[str], labels: Tensor, size: int) -> Images:
-    """Images decoded when they are asked for, resized and cropped to ``size x size``."""
-    transforms = _need_torchvision("torchvision.transforms.v2", "a folder of images")
-    loader = _need_torchvision("torchvision.datasets.folder", "a folder of images").default_loader
-    prepare = transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )  # PIL antialiases, and releases the lock that threads share
-    pool = ThreadPoolExecutor(thread_name_prefix="fastcl-decode")
+def _from_files(
+    parts: list[Part],
+    labels: Tensor,
+    halves: tuple[Tensor, Tensor],
+    classes: Sequence[str],
+    config: TrainConfig,
+    captions: Sequence[str] | None = None,
+) -> Data:
+    """Images that are decoded when they are asked for; ``halves`` are the indices for training and for testing."""
+    need("PIL.Image", f"--data {config.data}", "Install it: pip install pillow.")
+    groups = 2 * labels
+    groups[halves[1]] += 1
+    decoder = Decoder(parts, groups, config.image_size, config.decode_threads, config.max_corrupt)
 
-    def decode(index: int) -> Tensor:
-        try:
-            image: Tensor = prepare(loader(paths[index]))
-        except OSError as error:
-            raise MissingData(f"{paths[index]} cannot be decoded ({error}). Remove or replace it.") from error
-        return image
+    def half(at: Tensor) -> Images:
+        return Images(
+            labels[at],
+            lambda i: decoder.read(at[i]),
+            _Captions(captions, at, decoder) if captions else None,
+        )
 
-    return Images(labels, lambda at: torch.stack(list(pool.map(decode, at.tolist()))).float() / 255)
+    return Data(half(halves[0]), half(halves[1]), classes, RGB, decoder)
+
+
+class _Captions(Sequence[str]):
+    """Captions of some images: that of its stand-in for one that cannot be decoded."""
+
+    def __init__(self, every: Sequence[str], at: Tensor, decoder: Decoder) -> None:
+        self._every, self._at, self._decoder = every, at, decoder
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: Any) -> Any:
+        shown = [self._every[i] for i in self._decoder.shown(self._at[index].reshape(-1)).tolist()]
+        return shown if isinstance(index, slice) else shown[0]
 
 
 def _split(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ def evaluate(
     *,
     epochs: int = 20,
     device: str | None = None,
+    data: Data | None = None,
     encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Probe the last checkpoint of a finished or interrupted run, on all labelled images of its data set.
@@ -46,6 +47,7 @@ def evaluate(
             each class, and ``fine-tune``, see :func:`fine_tune`; all of them when omitted.
         epochs: of fine-tuning.
         device: where to compute; that of the run when omitted.
+        data: the images, where the run was given them.
         encoder: as :func:`~.loop.train` had it, of a run whose encoder was given.
 
     Returns:
@@ -64,7 +66,8 @@ def evaluate(
     state = load_checkpoint(folder / "checkpoint.pt")
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
     with loop._threads(config.threads):
-        accuracy = _accuracies(config, state, probes, epochs, loop._device(device or config.device), encoder)
+        images = load_data(config, data)
+        accuracy = _accuracies(config, images, state, probes, epochs, loop._device(device or config.device), encoder)
     result: dict[str, Any] = {
         "method": config.method,
         "dataset": config.data,
@@ -132,13 +135,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _accuracies(
     config: TrainConfig,
+    data: Data,
     state: Mapping[str, Any],
     probes: tuple[str, ...],
     epochs: int,
     device: torch.device,
     given: nn.Module | None,
 ) -> dict[str, dict[str, Any]]:
-    data = load_data(config)
     prober = Prober(data, loop._generator("probe"), everything=True)
     method = loop._build(config, data, None, given).to(device)
     random = calibrated(method.encoder, data.train, prober.train_at, device)

@@ -34,10 +34,11 @@ from .run_folder import COLUMNS, claim, metrics_log
 from .text import captions, tokens
 
 
-def train(config: TrainConfig, *, encoder: nn.Module | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, *, data: Data | None = None, encoder: nn.Module | None = None) -> dict[str, Any]:
     """Train, probe and report; write the run folder.
 
     Args:
+        data: the images, where ``config.data`` is ``"given"``.
         encoder: where ``config.encoder`` is ``"given"``: any module from images ``(B, C, H, W)``, 0 to 1, to features
             ``(B, F)``. A copy is trained, in training mode; what it is worth as given is the random-init baseline.
 
@@ -50,19 +51,21 @@ def train(config: TrainConfig, *, encoder: nn.Module | None = None) -> dict[str,
     """
     config = config.resolved()
     with joined(config) as ranks:
-        return _run(config, Path(str(config.output)), None, ranks, encoder)
+        return _run(config, Path(str(config.output)), None, ranks, data, encoder)
 
 
-def resume(folder: Path | str, *, encoder: nn.Module | None = None) -> dict[str, Any]:
+def resume(folder: Path | str, *, data: Data | None = None, encoder: nn.Module | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its last checkpoint, to the bits that it would have reached uninterrupted.
 
     A finished run is left alone and its result returned.
 
     Args:
+        data: as :func:`train` had it.
         encoder: as :func:`train` had it: the baseline is computed from its weights, training goes on from the saved.
 
     Raises:
-        TrainError: there is no checkpoint, it cannot be read, or its weights do not fit the encoder.
+        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, or the data are
+            other ones.
     """
     folder = Path(folder)
     if (folder / "result.json").exists():
@@ -71,17 +74,24 @@ def resume(folder: Path | str, *, encoder: nn.Module | None = None) -> dict[str,
     state = load_checkpoint(folder / "checkpoint.pt")
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
-        return _run(config, folder, state, ranks, encoder)
+        return _run(config, folder, state, ranks, data, encoder)
 
 
 def _run(
-    config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks, encoder: nn.Module | None
+    config: TrainConfig,
+    folder: Path,
+    state: dict[str, Any] | None,
+    ranks: Ranks,
+    given: Data | None,
+    encoder: nn.Module | None,
 ) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
     events = need("torch.utils.tensorboard", "the event log")
     device = _device(config.device)
-    data = load_data(config)
+    data = load_data(config, given)
+    if state is not None:
+        data.load_state_dict(state["data"])
     check_labels(config, data)
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -107,6 +117,7 @@ def _run(
 
         with ExitStack() as stack:
             if ranks.first:
+                stack.callback(data.decoder.list_broken, folder / "skipped.json")  # however this ends
                 log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
                 board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
                 progress = stack.enter_context(Progress(config.steps, start, device))
@@ -131,6 +142,9 @@ def _run(
                         f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
                         f"--temperature. The last checkpoint is in {folder}."
                     )
+                saving = step % config.checkpoint_every == 0 or step == config.steps
+                if saving:
+                    ranks.unite(data.decoder.state, device)
                 if not ranks.first:
                     continue
                 row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
@@ -148,7 +162,7 @@ def _run(
                 images_per_second = config.batch_size * step / seconds
                 board.add_scalar("images_per_second", images_per_second, step)
                 progress.update(step, loss, images_per_second, loss_seconds / seconds)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                if saving:
                     save_checkpoint(
                         folder / "checkpoint.pt",
                         {
@@ -161,8 +175,10 @@ def _run(
                             "optimizer": optimizer.state_dict(),
                             "scaler": scaler.state_dict(),
                             "history": history,
+                            "data": data.state_dict(),
                         },
                     )
+                    data.decoder.list_broken(folder / "skipped.json")
         result = None
         if ranks.first:
             untrained = _build(config, data, None, encoder).to(device).encoder

@@ -72,6 +72,7 @@ def finish(
         "embeddings": {name: history[-1].get(name) for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
+        "skipped_images": len(data.decoder.broken()),
         "control": config.control,
         "threads": config.threads,
         "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -18,7 +18,7 @@ from ..pairwise import l2_normalize, pair_topk
 from . import report
 from .checkpoint import load_checkpoint, write_atomically
 from .config import TrainConfig
-from .data import load_data
+from .data import Data, load_data
 from .errors import TrainError
 from .export import trained_encoder
 from .models import encode
@@ -61,10 +61,11 @@ th, td {{ text-align: left; padding: 0.1rem 1.5rem 0.1rem 0; font-variant-numeri
 """
 
 
-def write_page(run: Path | str, *, encoder: nn.Module | None = None) -> Path:
+def write_page(run: Path | str, *, data: Data | None = None, encoder: nn.Module | None = None) -> Path:
     """Write ``report.html`` into the folder of a finished run; pictures are inside, and nothing else is loaded.
 
     Args:
+        data: the images, where the run was given them.
         encoder: as :func:`~.loop.train` had it, of a run whose encoder was given.
 
     Returns:
@@ -82,7 +83,7 @@ def write_page(run: Path | str, *, encoder: nn.Module | None = None) -> Path:
         )
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     config, history = TrainConfig(**state["config"]), state["history"]
-    data, (trained, _) = load_data(config), trained_encoder(run, encoder=encoder)
+    data, (trained, _) = load_data(config, data), trained_encoder(run, encoder=encoder)
     labelled = (data.test.labels >= 0).nonzero().squeeze(1)
     at = labelled[:: -(-len(labelled) // _SHOWN)]
     features, labels = encode(trained, data.test, at, torch.device("cpu")), data.test.labels[at]

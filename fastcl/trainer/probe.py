@@ -39,12 +39,14 @@ class Prober:
         everything: look at all images, not at 20,000 of each half.
 
     Raises:
-        MissingData: a class has fewer than 10 labelled training images.
+        MissingData: there are no labelled test images, or a class has fewer than 10 for training.
     """
 
     def __init__(self, data: Data, generator: torch.Generator, *, everything: bool = False) -> None:
         self.data = data
         self.train_at, self.test_at = (_spread(half.labels, everything) for half in (data.train, data.test))
+        if not len(self.test_at):
+            raise MissingData("got 0 labelled test images; expected some, for the probes. Label images of each class.")
         self.few = {k: few_label_draws(data.train.labels[self.train_at], k, generator) for k in (10, 1)}
 
     def features(self, encoder: nn.Module | None, device: torch.device) -> Features:

@@ -64,6 +64,14 @@ class Ranks:
         distributed.all_reduce(total)
         return float(total) / self.count
 
+    def unite(self, known: Tensor, device: torch.device) -> None:
+        """``known`` on every rank becomes the largest of all ranks, element by element."""
+        if self.count == 1 or not known.numel():
+            return
+        largest = known.to(device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        known.copy_(largest)
+
     def told(self, result: Any) -> Any:
         """What the first rank has, on all."""
         if self.count == 1:

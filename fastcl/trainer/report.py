@@ -35,6 +35,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
             f"effective rank {seen['effective_rank']:.1f}",
         ]
+    if result.get("skipped_images"):
+        lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped.json"]
     peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
     lines += [
         "",

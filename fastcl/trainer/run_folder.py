@@ -15,8 +15,8 @@ from .errors import TrainError
 
 COLUMNS = ("step", "loss", "learning_rate", "knn", "few10", *MONITORS)  # no times: equal runs write equal files
 _FILES = (
-    "config.json", "*checkpoint.pt", "metrics.csv", "result.json", "evaluation.json", "report.html", "*.png",
-    "events.out.tfevents.*", "*.tmp",
+    "config.json", "*checkpoint.pt", "metrics.csv", "result.json", "evaluation.json", "skipped.json", "report.html",
+    "*.png", "events.out.tfevents.*", "*.tmp",
 )  # fmt: skip
 
 

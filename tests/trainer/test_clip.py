@@ -183,7 +183,6 @@ def test_a_data_set_with_captions_needs_no_labels_to_learn(tmp_path: Path, monke
     data = digits()
     words = [f"the {label}" for label in data.train.labels.tolist()]
     spoken = dataclasses.replace(data, train=Images(data.train.labels, data.train.read, words))
-    monkeypatch.setattr(loop, "load_data", lambda config: spoken)
     seen: list[str] = []
     batch = loop._batch
 
@@ -193,7 +192,7 @@ def test_a_data_set_with_captions_needs_no_labels_to_learn(tmp_path: Path, monke
         return (view, text), labels
 
     monkeypatch.setattr(loop, "_batch", spy)
-    train(TrainConfig(output=str(tmp_path / "run"), **FEW | {"steps": 2}))
+    train(TrainConfig(data="given", output=str(tmp_path / "run"), **FEW | {"steps": 2}), data=spoken)
     assert len(seen) == 3 * 64 and all(text.split()[0] == "the" and len(set(text.split()[1:])) == 1 for text in seen)
     loop.check_labels(TrainConfig(method="clip"), said(data, "a"))
     hidden = dataclasses.replace(data, train=Images(torch.full((1,), -1), data.train.read))
@@ -209,10 +208,9 @@ def test_a_run_in_half_precision_and_chunks(tmp_path: Path) -> None:
     assert losses[0] < math.log(32) * 2 and all(map(math.isfinite, losses)) and result["zero_shot"] is not None
 
 
-def test_the_probes_of_a_data_set_of_captions_alone_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "load_data", lambda config: said(digits(), "a"))
+def test_the_probes_of_a_data_set_of_captions_alone_are_a_sentence() -> None:
     with pytest.raises(TrainError, match="0 labelled training images; expected at least 10"):
-        train(TrainConfig(**FEW))
+        train(TrainConfig(data="given", **FEW), data=said(digits(), "a"))
 
 
 @pytest.mark.parametrize(

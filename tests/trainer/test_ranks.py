@@ -12,6 +12,8 @@ import torch
 from fastcl.trainer import TrainConfig, TrainError, train
 
 from ..processes import together
+from .test_data import need_torchvision
+from .test_decoding import BROKEN, make_folder
 
 SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
 RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}
@@ -52,6 +54,32 @@ def assert_two_are_one(folder: Path, of_one: list[str], of_two: list[str], toler
             assert distance <= tolerance * max(float(want.double().norm()), 1.0), name
     losses = [[float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").open())] for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=max(tolerance, 1e-7))
+
+
+def test_what_one_rank_finds_broken_all_know(tmp_path: Path) -> None:
+    """Probes, which the first rank makes alone, see 20 images of each half here, so it has to be told of others."""
+    need_torchvision()
+    make_folder(tmp_path / "data", 200, BROKEN)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "from fastcl.trainer import TrainConfig, probe, train\n"
+        "probe._LIMIT = 20\n"
+        "train(TrainConfig(output=sys.argv[1], **json.loads(sys.argv[2])))\n"
+    )
+    options = RUN | {"steps": 2, "probe_every": 2, "checkpoint_every": 2, "image_size": 8}
+    given = json.dumps(options | {"data": "imagefolder", "data_dir": str(tmp_path / "data")})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for code, text in together(
+        [[str(script), str(runs[0]), given], [*torchrun, str(script), str(runs[1]), given]], 120
+    ):
+        assert code == 0, text[-3000:]
+    one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["data"]["decoded"] for run in runs)
+    assert torch.equal(one, two) and set(one.tolist()) == {0, 1, 2}
+    listed = [json.loads((run / "skipped.json").read_text()) for run in runs]
+    counted = [json.loads((run / "result.json").read_text())["skipped_images"] for run in runs]
+    assert listed[0] == listed[1] and counted == [len(listed[0])] * 2
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
