@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,21 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, save_checkpoint, write_json
+from .checkpoint import load_checkpoint, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError, need
 from .export import start_from
 from .gradients import add_gradients, now
+from .guard import Guard
 from .methods import METHODS, Method
 from .models import build_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
 from .probe import Prober
 from .progress import Progress
-from .ranks import Ranks, joined
-from .run_folder import COLUMNS, claim, metrics_log
+from .ranks import Ranks, joined, launched
+from .run_folder import COLUMNS, Records, claim, in_a_row
+from .signals import leave, requests
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         What ``result.json`` holds.
 
     Raises:
-        TrainError: the config, the data or an optional package is not usable, the folder already holds a run, or the
-            loss stopped being a number.
+        TrainError: the config, the data or an optional package is not usable, the folder already holds a run, too many
+            batches in a row were not finite, or a checkpoint cannot be written.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the step is finished and saved.
     """
     config = config.resolved()
     with joined(config) as ranks:
@@ -53,22 +55,24 @@ def resume(folder: Path | str) -> dict[str, Any]:
     A finished run is left alone and its result returned.
 
     Raises:
-        TrainError: there is no checkpoint, or it cannot be read.
+        TrainError: there is no checkpoint, it cannot be read, or :func:`train` would raise it.
+        KeyboardInterrupt, SystemExit: as :func:`train`.
     """
     folder = Path(folder)
     if (folder / "result.json").exists():
         finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return finished
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / "checkpoint.pt", repair=launched().first)
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
+        if ranks.told(state["step"]) != state["step"]:  # a file that one rank could read and another could not
+            state = load_checkpoint(folder / "checkpoint.pt", repair=False)
         return _run(config, folder, state, ranks)
 
 
 def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
-    events = need("torch.utils.tensorboard", "the event log")
     device = _device(config.device)
     data = load_data(config)
     if config.method == "supcon" and bool((data.train.labels < 0).any()):
@@ -85,8 +89,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
         if config.compile:
             method.compile()  # what the loop calls; the probes call the encoder alone, as it is
         if state is None and ranks.first:
-            claim(folder, overwrite=config.overwrite)
-            write_json(folder / "config.json", dataclasses.asdict(config))
+            claim(folder, config)
         if state is not None:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
@@ -98,10 +101,12 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
         parallel = ranks.parallel(method, config)
 
         with ExitStack() as stack:
+            request = stack.enter_context(requests(insist=ranks.count == 1))
+            guard = Guard(method, ranks, request, in_a_row(history))
             if ranks.first:
-                log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
-                board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
                 progress = stack.enter_context(Progress(config.steps, start))
+                images = lambda step: _images(config, data, step)[1].tolist()  # noqa: E731
+                records = stack.enter_context(Records(folder, history, images, progress.say))
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
@@ -111,34 +116,24 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(
                     method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler,
-                    parallel,
+                    parallel, guard,
                 )  # fmt: skip
-                loss = ranks.mean(loss, device)
                 loss_seconds += spent
                 seconds += now(device) - began
-                if not math.isfinite(loss):
-                    raise TrainError(
-                        f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
-                        f"--temperature. The last checkpoint is in {folder}."
-                    )
-                if not ranks.first:
-                    continue
-                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
-                if step % config.probe_every == 0 or step == config.steps:
-                    row |= prober.monitor(prober.features(method.encoder, device))
-                    head = method.get_submodule("head")
-                    seen = monitors(method.encoder, head, data, prober.train_at, device)
-                    progress.probed(step, seen["effective_rank"])
-                    row |= seen
-                history.append(row)
-                log(row)
-                for name in COLUMNS[1:]:
-                    if row[name] is not None:
-                        board.add_scalar(name, row[name], step)
-                images_per_second = config.batch_size * step / seconds
-                board.add_scalar("images_per_second", images_per_second, step)
-                progress.update(step, loss, images_per_second, loss_seconds / seconds)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                if ranks.first:
+                    row = dict.fromkeys(COLUMNS) | {"step": step, "learning_rate": rate}
+                    row |= {"skipped": guard.bad} if guard.bad else {"loss": loss}
+                    if step % config.probe_every == 0 or step == config.steps:
+                        row |= prober.monitor(prober.features(method.encoder, device))
+                        head = method.get_submodule("head")
+                        seen = monitors(method.encoder, head, data, prober.train_at, device)
+                        progress.probed(step, seen["effective_rank"])
+                        row |= seen
+                    images_per_second = config.batch_size * step / seconds
+                    records.add(row, images_per_second)
+                    progress.update(step, loss, images_per_second, loss_seconds / seconds)
+                guard.lose_patience(step, config.steps, folder)
+                if ranks.first and (step % config.checkpoint_every == 0 or step == config.steps or guard.stop):
                     save_checkpoint(
                         folder / "checkpoint.pt",
                         {
@@ -152,6 +147,9 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                             "history": history,
                         },
                     )
+                if guard.stop:
+                    ranks.told(None)  # a launcher ends the others when the first one leaves: not before it has saved
+                    leave(guard.stop)
         result = None
         if ranks.first:
             untrained = _build(config, data).to(device).encoder
@@ -172,23 +170,35 @@ def _step(
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
     parallel: nn.Module | None = None,
+    guard: Guard | None = None,
 ) -> tuple[float, float]:
-    """One optimizer step: the mean loss of its micro-batches, and the seconds that the loss itself took.
+    """One optimizer step: the mean loss of its micro-batches over all ranks, and the seconds that the loss itself took.
 
-    ``parallel`` is called in place of the method, where there are other ranks.
+    ``parallel`` is called in place of the method, where there are other ranks. Where the guard refuses the batch, its
+    loss is NaN and nothing has changed.
     """
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    guard = guard or Guard(method)
     optimizer.zero_grad()
+    guard.begin()
     method.begin_step()
     size = len(labels) // accumulate
     parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
-    done = []
+    losses, spent = [], 0.0
     for *part, of_part in parts:
-        given = method, parallel or method, tuple(part), of_part
-        done.append(add_gradients(*given, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate))
-    scaler.step(optimizer)
-    scaler.update()
-    return sum(loss for loss, _ in done) / accumulate, sum(seconds for _, seconds in done)
+        loss, seconds = add_gradients(
+            method, parallel or method, tuple(part), of_part,
+            chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate, admits=guard.admits,
+        )  # fmt: skip
+        if loss is None:
+            break
+        losses.append(loss)
+        spent += seconds
+    mean = guard.settle(losses, scaled=scaler.is_enabled())
+    if not guard.bad:
+        scaler.step(optimizer)
+        scaler.update()
+    return mean, spent
 
 
 def _batch(
@@ -199,8 +209,8 @@ def _batch(
     Of the whole batch, or of some rows of it.
     """
     rows = torch.arange(config.batch_size) if rows is None else rows
-    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
-    at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
+    epoch, at = _images(config, data, step)
+    at = at[rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
     views = data.augmentation.views(
         images, at, ("views", config.seed, epoch), local_crops=config.local_crops, local_size=config.local_size
@@ -209,6 +219,12 @@ def _batch(
         # the order is random, so a neighbour is a random other image
         views = tuple(view.roll(number, 0) for number, view in enumerate(views))
     return views, data.train.labels[at].to(device)
+
+
+def _images(config: TrainConfig, data: Data, step: int) -> tuple[int, Tensor]:
+    """The epoch of step ``step``, counted from 0, and the images ``(B,)`` of its batch."""
+    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
+    return epoch, _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
 
 
 @functools.lru_cache(maxsize=1)
