@@ -27,6 +27,10 @@ class Guard:
     Attributes:
         skipped: how many batches in a row have been refused.
         bad: what of the last batch was not finite: "views", "embeddings", "loss" or "gradients"; "" where nothing.
+        rehearsal: whether the next step is one: it goes through to the gradients whatever the numbers are, and is then
+            refused, without being counted. The first backward pass of DistributedDataParallel decides in which order
+            the later ones sum over ranks; had it been step 1 of a run, and step 9 of the same run resumed, three ranks
+            would end with other bits.
         stop: the signal that a rank had received before the end of the last step, the same on all ranks; 0 for none.
     """
 
@@ -35,7 +39,7 @@ class Guard:
     ) -> None:
         self.skipped = skipped
         self.method, self.ranks, self.request = method, ranks or Ranks(), request or Request()
-        self.bad, self.stop = "", 0
+        self.bad, self.stop, self.rehearsal = "", 0, False
         self._kept: list[Tensor] = []
 
     def begin(self) -> None:
@@ -52,7 +56,7 @@ class Guard:
         for what, ranks in zip(("views", "embeddings"), self.ranks.sum(~largest.isfinite()).tolist(), strict=True):
             if ranks and not self.bad:
                 self.bad = what
-        return not self.bad
+        return not self.bad or self.rehearsal
 
     def settle(self, losses: Sequence[Tensor], scaled: bool) -> float:
         """The mean loss of a step over its micro-batches and all ranks; NaN, and everything put back, if it is refused.
@@ -78,10 +82,11 @@ class Guard:
             self.bad = "loss"
         if not self.bad and broken:
             self.bad = "gradients"
-        if not self.bad:
+        if not self.bad and not self.rehearsal:
             self.skipped = 0
             return mean
-        self.skipped += 1
+        self.skipped += not self.rehearsal
+        self.rehearsal = False
         with torch.no_grad():
             for tensor, kept in zip(self._moved_by_forward(), self._kept, strict=True):
                 tensor.copy_(kept)

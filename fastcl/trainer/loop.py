@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -107,6 +108,11 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 progress = stack.enter_context(Progress(config.steps, start))
                 images = lambda step: _images(config, data, step)[1].tolist()  # noqa: E731
                 records = stack.enter_context(Records(folder, history, images, progress.say))
+            how = config.chunk, config.accumulate, config.precision, scaler, parallel, guard
+            if ranks.count > 1:
+                guard.rehearsal = True
+                views, labels = _batch(config, data, start + 1, device, ranks.rows(config))
+                _step(method, optimizer, views, labels, device, *how)
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
@@ -114,10 +120,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
-                loss, spent = _step(
-                    method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler,
-                    parallel, guard,
-                )  # fmt: skip
+                loss, spent = _step(method, optimizer, views, labels, device, *how)
                 loss_seconds += spent
                 seconds += now(device) - began
                 if ranks.first:
@@ -195,7 +198,7 @@ def _step(
         losses.append(loss)
         spent += seconds
     mean = guard.settle(losses, scaled=scaler.is_enabled())
-    if not guard.bad:
+    if math.isfinite(mean):
         scaler.step(optimizer)
         scaler.update()
     return mean, spent

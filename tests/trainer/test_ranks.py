@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fastcl.trainer import TrainConfig, TrainError, train
 
 from ..processes import together
+from .test_run import same_run
 
 SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
 RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}
@@ -38,6 +40,27 @@ def test_two_ranks_reach_the_weights_of_one_process(method: str, tmp_path: Path)
         assert distance <= tolerance * max(float(want.double().norm()), 1.0), name
     losses = [[float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").open())] for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=max(tolerance, 1e-7))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_four_ranks_leave_together_resume_to_the_bit_and_skip_together(tmp_path: Path) -> None:
+    """SIGTERM to one of them; a newest checkpoint that is damaged, or that one of them cannot read; NaN on one."""
+    options = {"method": "moco", "queue_size": 96, "steps": 8, "batch_size": 48, "checkpoint_every": 3, "threads": 1}
+    words = ["-W", "ignore", "-m", "tests.trainer.preempted", str(tmp_path), json.dumps(options | {"probe_every": 8})]
+    ((code, printed),) = together([words], 200)
+    assert code == 0, printed
+    codes = {"whole": 0, "preempted": 143, "resumed": 0, "repaired": 0, "poisoned": 0}
+    for name, expected in codes.items():
+        assert f"{name} {[expected] * 4}" in printed, printed
+    assert printed.count(f"Continue with: fastcl train --resume {tmp_path / 'cut'}") == 1, printed
+    assert printed.count("It is now damaged-checkpoint.pt; previous-checkpoint.pt is used") == 1, printed
+    assert (tmp_path / "damaged" / "damaged-checkpoint.pt").exists()
+    assert not (tmp_path / "cut" / "damaged-checkpoint.pt").exists()
+    for name in ("cut", "damaged"):
+        same_run(tmp_path / name, tmp_path / "whole")
+    rows = list(csv.DictReader((tmp_path / "poisoned" / "metrics.csv").open(newline="")))
+    assert [row["skipped"] for row in rows] == ["", "views", "", "views", "", "", "", ""]
+    assert [bool(row["loss"]) for row in rows] == [not row["skipped"] for row in rows]
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
