@@ -76,7 +76,7 @@ def test_a_run_on_files_that_threads_decode_is_killed_as_well(tmp_path: Path) ->
     need_torchvision()
     make_folder(tmp_path / "images")
     options = {"data": "imagefolder", "data_dir": str(tmp_path / "images"), "image_size": 8, "batch_size": 8}
-    options |= {"steps": 12, "probe_every": 12, "checkpoint_every": 5, "threads": 1}  # four epochs of three steps
+    options |= {"steps": 12, "probe_every": 12, "checkpoint_every": 8, "threads": 1}  # four epochs of three steps
     killed(tmp_path, 4, options)
     train(TrainConfig(output=str(tmp_path / "whole"), **options))
     for name in ("killed", "full_disk"):
