@@ -25,6 +25,11 @@ sanitize-native:  ## the primitives on the CPU
 	$(RUN) $(PRELOAD) $(PYTHON) -m pytest -n 0 tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
 		; status=$$?; $(MAKE) native; exit $$status
 
+.PHONY: docs
+
+docs:  ## the documentation as a site, in site/: strict, and without a network
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
 RESULT ?= benchmarks/results/$(shell $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else 'no-gpu')").json
 MINUTES ?= 8
 # Most of the time of these tests goes into compiling kernels: by several processes, where pytest-xdist is installed.

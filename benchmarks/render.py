@@ -193,6 +193,21 @@ def digits(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)} {note}"
 
 
+def loss_share(result: dict[str, Any]) -> str:
+    """What ``benchmarks/digits.py`` wrote of the loss itself: its share of a step, over seeds, and its peak memory."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in result["rows"]:
+        runs.setdefault(run["method"], []).append(run)
+    rows = []
+    for method, of in runs.items():
+        shares = [run["loss_share"] for run in of]
+        peaks = ([run["loss_peak_bytes"][name] for run in of] for name in ("dense", "fastcl"))
+        megabytes = (_digits(sum(peak) / len(peak) / 1e6) for peak in peaks)
+        rows.append([f"`{method}`", f"{min(shares):.1%} to {max(shares):.1%}", *megabytes])
+    head = ["method", "share of a step", "peak MB of the loss, dense", "fastcl"]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {result['rows'][0]['loss_peak_images']} images per step."
+
+
 def aot(result: dict[str, Any]) -> str:
     """What ``benchmarks/aot.py`` wrote: a line per architecture, dtype and language."""
     groups: dict[tuple[int, str, bool], list[Compiled]] = {}
@@ -384,6 +399,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "bench-nt_xent-cpu": ("nt_xent-cpu.json", bench),
     "family-cpu": ("family-cpu.json", family),
     "digits": ("digits.json", digits),
+    "digits-loss": ("digits.json", loss_share),
     "native-cpu": ("native-cpu.json", native),
     "examples": ("examples.json", examples),
     "aot": ("aot.json", aot),

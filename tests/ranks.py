@@ -376,6 +376,8 @@ def details(group: Any, world: int) -> Found:
     images = torch.arange(3 * rank, 3 * rank + 2 + rank)
     shuffled, restore = shuffle_batch(images, group)
     found["images"], found["shuffled"], found["restored"] = images, shuffled, restore(10 * shuffled)
+    drawn = [shuffle_batch(images, group, generator=torch.Generator().manual_seed(n)) for n in (1, 1, 2)]
+    found["drawn"] = [own for own, _ in drawn]
     found["all"] = all_rows(images, group)
     return found
 

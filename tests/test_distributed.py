@@ -293,6 +293,9 @@ def test_shuffled_batches_come_home(world: int, found: Callable[[int], list[dict
         assert len(rank["shuffled"]) == len(rank["images"])
         assert torch.equal(rank["restored"], 10 * rank["images"])
         assert torch.equal(rank["all"], images)
+    one, again, other = (torch.cat(parts) for parts in zip(*(rank["drawn"] for rank in ranks), strict=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one, images[order]) and torch.equal(again, one) and not torch.equal(other, one)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -30,7 +30,9 @@ def all_rows(x: Tensor, process_group: Any, *, even: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def shuffle_batch(x: Tensor, process_group: Any, *, even: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def shuffle_batch(
+    x: Tensor, process_group: Any, *, even: bool = False, generator: torch.Generator | None = None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Deals the images of all ranks out anew, as MoCo does for its key encoder (He et al. 2020, section 3.3).
 
     Batch normalisation otherwise tells a query which keys were normalised with it, and so which is its own.
@@ -38,6 +40,7 @@ def shuffle_batch(x: Tensor, process_group: Any, *, even: bool = False) -> tuple
     Args:
         x: ``(B, ...)`` images of this rank; as many come back.
         process_group, even: those of :func:`all_rows`.
+        generator: of the permutation, on the CPU; torch's global one of the device of ``x`` where it is omitted.
 
     Returns:
         As many images ``(B, ...)``, by a permutation of rank 0, and the function that brings what the encoder made of
@@ -47,7 +50,8 @@ def shuffle_batch(x: Tensor, process_group: Any, *, even: bool = False) -> tuple
     counts = _counts(x, wire, even)
     start = sum(counts[: wire.rank])
     own = slice(start, start + counts[wire.rank])
-    order = torch.randperm(sum(counts), device=x.device)
+    drawn_on = x.device if generator is None else generator.device
+    order = torch.randperm(sum(counts), generator=generator, device=drawn_on).to(x.device)
     dist.broadcast(order, dist.get_global_rank(process_group, 0), group=process_group)
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ class TrainConfig:
         "supcon",
         "siamese",
         "triplet",
+        "clip",
     )
     data: str = _option("digits", "data set", "digits", "fashion-mnist", "cifar10", "stl10", "imagefolder", "imagenet")
     data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
@@ -54,7 +55,10 @@ class TrainConfig:
         "cifar",
     )
     head: str = _option(
-        "mlp", "projection head of all but byol, moco-v3 and simsiam: mlp, or linear as in MoCo v1", "mlp", "linear"
+        "mlp",
+        "projection head of all but byol, moco-v3, simsiam and clip: mlp, or linear as in MoCo v1",
+        "mlp",
+        "linear",
     )
     dim: int = _option(64, "features that the loss sees")
     hidden: int | None = _option(
@@ -83,6 +87,9 @@ class TrainConfig:
     sync_batchnorm: bool = _option(
         False, "BatchNorm over the rows of all ranks (of torchrun, on GPUs); else each sees its own"
     )
+    bn_splits: int = _option(
+        1, "moco: equal parts of a batch that BatchNorm sees one by one, as so many GPUs would; keys are shuffled then"
+    )
     learning_rate: float = _option(3e-3, "peak learning rate, before --lr-scaling")
     lr_scaling: str = _option(
         "none", "of the learning rate: linear times batch size / 256, sqrt times its root", "none", "linear", "sqrt"
@@ -100,11 +107,16 @@ class TrainConfig:
     exclude_norm_bias: bool = _option(
         False, "no weight decay of biases and normalisation layers (lars always leaves them out)"
     )
-    temperature: float = _option(0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo")
+    temperature: float = _option(
+        0.5, "of the loss; 0.5 suits digits, papers on photographs use 0.07 to 0.2 for MoCo; clip learns its own"
+    )
     margin: float | None = _option(
         None, "siamese: in distances (default: 1), triplet: in squared distances (default: 0.2) of unit vectors"
     )
     queue_size: int = _option(1024, "moco: keys in the queue")
+    text_width: int = _option(64, "clip: features of the text encoder, a multiple of 32")
+    text_layers: int = _option(2, "clip: layers of the text encoder")
+    text_context: int = _option(64, "clip: bytes of a caption that are read, with a begin and an end")
     momentum: float = _option(0.99, "moco, moco-v3, byol: how much of the slowly moving encoder a step keeps")
     momentum_schedule: str = _option(
         "constant", "of --momentum: constant, or cosine, which ends at 1 (BYOL)", "constant", "cosine"
@@ -140,7 +152,7 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0}
+        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0, "text_context": 3}
         counts = (
             "steps",
             "warmup_steps",
@@ -156,6 +168,10 @@ class TrainConfig:
             "checkpoint_every",
             "probe_every",
             "threads",
+            "bn_splits",
+            "text_width",
+            "text_layers",
+            "text_context",
         )
         for name in counts:
             value, low = getattr(self, name), least.get(name, 1)
@@ -177,6 +193,14 @@ class TrainConfig:
             raise TrainError(f"got margin = {self.margin}; expected a finite number, 0 or more. Distances end at 2.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
+        if self.text_width % 32:
+            raise TrainError(f"got text_width = {self.text_width}; expected a multiple of 32. Try 64.")
+        if self.bn_splits > 1 and (self.method != "moco" or self.sync_batchnorm):
+            other = "sync_batchnorm" if self.sync_batchnorm else self.method
+            raise TrainError(
+                f"got bn_splits = {self.bn_splits} for {other}; expected moco, whose keys are shuffled, and no "
+                "sync_batchnorm, which is the contrary. Leave one out."
+            )
         if self.local_crops and self.method not in MULTI_CROP:
             raise TrainError(
                 f"got local_crops = {self.local_crops} for {self.method}; expected a method that takes more than two "

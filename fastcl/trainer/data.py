@@ -28,10 +28,12 @@ class Images:
     Attributes:
         labels: ``(N,)`` int64; -1 for an image without a label, which only the encoder sees.
         read: from indices ``(B,)`` to images ``(B, C, H, W)``, fp32, 0 to 1.
+        captions: what is said of each image, N of them, where a data set says it.
     """
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grad_cache import cached_embeddings
-from .methods import Method
+from .method import Method
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

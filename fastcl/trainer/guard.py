@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import TrainError
-from .methods import Method
+from .method import Method
 from .ranks import Ranks
 from .run_folder import SKIPPED
 from .signals import SIGNALS, Request

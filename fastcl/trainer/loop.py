@@ -23,7 +23,8 @@ from .errors import TrainError, need
 from .export import start_from
 from .gradients import add_gradients, now
 from .guard import Guard
-from .methods import METHODS, Method
+from .method import Method, check_labels
+from .methods import METHODS
 from .models import build_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
@@ -32,6 +33,7 @@ from .progress import Progress
 from .ranks import Ranks, joined, launched
 from .run_folder import COLUMNS, Records, claim, in_a_row
 from .signals import leave, requests
+from .text import captions, tokens
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -76,10 +78,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
     need("tensorboard", "the event log")
     device = _device(config.device)
     data = load_data(config)
-    if config.method == "supcon" and bool((data.train.labels < 0).any()):
-        raise TrainError(
-            f"got images without labels in {config.data} for supcon; expected labels for all. Choose another method."
-        )
+    check_labels(config, data)
     prober = Prober(data, _generator("probe"))
     with _threads(config.threads):
         method = _build(config, data, config.init if state is None else None).to(device)
@@ -105,7 +104,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
             request = stack.enter_context(requests(insist=ranks.count == 1))
             guard = Guard(method, ranks, request, in_a_row(history))
             if ranks.first:
-                progress = stack.enter_context(Progress(config.steps, start))
+                progress = stack.enter_context(Progress(config.steps, start, device))
                 images = lambda step: _images(config, data, step)[1].tolist()  # noqa: E731
                 records = stack.enter_context(Records(folder, history, images, progress.say))
             how = config.chunk, config.accumulate, config.precision, scaler, parallel, guard
@@ -119,6 +118,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
+                method.seed = _generator(config.seed, "method", step).initial_seed()
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(method, optimizer, views, labels, device, *how)
                 loss_seconds += spent
@@ -209,15 +209,19 @@ def _batch(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels.
 
-    Of the whole batch, or of some rows of it.
+    For clip one view, and the tokens ``(B, L)`` of a caption. Of the whole batch, or of some rows of it.
     """
     rows = torch.arange(config.batch_size) if rows is None else rows
     epoch, at = _images(config, data, step)
     at = at[rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
+    captioned = config.method == "clip"
     views = data.augmentation.views(
-        images, at, ("views", config.seed, epoch), local_crops=config.local_crops, local_size=config.local_size
-    )
+        images, at, ("views", config.seed, epoch), count=2 - captioned,
+        local_crops=config.local_crops, local_size=config.local_size,
+    )  # fmt: skip
+    if captioned:
+        views = (*views, tokens(captions(data, at, config.seed, epoch), config.text_context).to(device))
     if config.control == "shuffled-pairs":
         # the order is random, so a neighbour is a random other image
         views = tuple(view.roll(number, 0) for number, view in enumerate(views))

@@ -1,6 +1,10 @@
 """Methods: an encoder, what stands on it, and a loss. ``forward`` makes what the loss takes, which is timed by itself.
 
-Networks that follow another slowly run in training mode: their BatchNorm normalises by the batch, as the other's does.
+Networks that follow another slowly run in training mode: their BatchNorm normalises by the batch, as the other's does,
+and keeps running statistics of its own, which nothing reads. They follow the parameters of the other, not its buffers.
+Where BatchNorm sees a part of a batch only (``bn_splits``, or several ranks), MoCo's key encoder sees parts of other
+images: a permutation of each step deals them out, over all ranks, and keys are brought back. The running statistics of
+``bn_splits`` parts are their mean.
 """
 
 from __future__ import annotations
@@ -24,36 +28,11 @@ from ..losses import (
     SupConLoss,
 )
 from ..pairwise import l2_normalize
+from .batchnorm import shuffled
+from .clip import CLIP
 from .config import TrainConfig
+from .method import Method
 from .models import projection_head
-
-
-class Method(nn.Module):
-    """What the loop knows of a method: ``encoder``, whose features are probed, ``loss``, and the following.
-
-    Attributes:
-        momentum: how much of its slow networks, where it has any, the next step keeps; the loop sets it.
-    """
-
-    encoder: nn.Module
-    loss: nn.Module
-    momentum: float
-
-    def begin_step(self) -> None:
-        """Before the embeddings of every step."""
-
-    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """Views ``(B, C, H, W)`` to embeddings ``(B, dim)``: two, then local crops, where the config has some."""
-        raise NotImplementedError
-
-    def objective(self, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        """The loss of the embeddings of images with these labels ``(B,)``."""
-        loss: Tensor = self.loss(*embeddings)
-        return loss
-
-    def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
-        """The same by ``fastcl.functional`` or ``fastcl.reference``, without moving a queue: to compare."""
-        raise NotImplementedError
 
 
 class SimCLR(Method):
@@ -107,6 +86,7 @@ class MoCo(Method):
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
         self.loss = MoCoLoss(config.dim, config.queue_size, config.temperature)
         self.momentum = config.momentum
+        self.bn_splits, self.sync_batchnorm = config.bn_splits, config.sync_batchnorm
 
     def begin_step(self) -> None:
         """Moves the key encoder, before the keys of a step as in MoCo's code."""
@@ -114,10 +94,15 @@ class MoCo(Method):
         _follow(self.key_head, self.head, self.momentum)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """Queries of the first view, and keys of the second."""
+        """Queries of the first view, and keys of the second, shuffled where BatchNorm sees a part of the batch."""
         view0, view1 = views
+        in_parts = self.bn_splits > 1 or (self.loss.ranks is not None and not self.sync_batchnorm)
         with torch.no_grad():
-            key = self.key_head(self.key_encoder(view1))
+            if self.training and in_parts:
+                images, restored = shuffled(view1, self.seed, self.loss.ranks)
+                key = restored(self.key_head(self.key_encoder(images)))
+            else:
+                key = self.key_head(self.key_encoder(view1))
         return self.head(self.encoder(view0)), key
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
@@ -292,5 +277,5 @@ def _follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "moco": MoCo, "moco-v3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "supcon": SupCon,
-    "siamese": Siamese, "triplet": Triplet,
+    "siamese": Siamese, "triplet": Triplet, "clip": CLIP,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from .checkpoint import no_room, write_json
 from .collapse import MONITORS
 from .config import TrainConfig
 from .data import Data
-from .methods import Method
+from .method import Method
 from .models import calibrated
 from .probe import Prober
 from .run_folder import spared
@@ -75,6 +75,7 @@ def finish(
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
+        "zero_shot": method.zero_shot(features["trained"].test, features["trained"].test_labels, data.classes),
         "embeddings": {name: history[-1].get(name) for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
@@ -100,6 +101,7 @@ def finish(
 
 def _loss_peak_bytes(method: Method, views: Sequence[Tensor], labels: Tensor) -> dict[str, int]:
     """Peak memory in bytes of the loss, forward and backward, fused and dense, on the same embeddings of one batch."""
+    method.eval()  # in training BatchNorm and MoCo's keys may wait for other ranks
     embeddings = [e.detach().requires_grad_(e.requires_grad) for e in method(*views)]
 
     def peak(functions: Any) -> int:

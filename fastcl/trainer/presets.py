@@ -2,7 +2,8 @@
 
 They are the hyper-parameters of their sources. What the trainer does in its own way stays its own: the views of
 ``augment.py`` (no blur and no hue), heads without BatchNorm for SimCLR and MoCo, BatchNorm over the whole batch of one
-device, and probes of its own for the published accuracy. So no figure here was reached by this trainer, but for digits.
+device, but where ``bn_splits`` stands for the GPUs of MoCo's, and probes of its own for the published accuracy. So no
+figure here was reached by this trainer, but for digits.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _R50: Mapping[str, Any] = {"encoder": "resnet50", "device": "cuda"}
 # facebookresearch/moco, main_moco.py and README.md; K and m: He et al. 2020, arXiv:1911.05722, section 3.3
 _MOCO_R50: Mapping[str, Any] = {
     **_R50, "method": "moco", "optimizer": "sgd", "learning_rate": 0.03, "lr_scaling": "linear", "weight_decay": 1e-4,
-    "queue_size": 65_536, "momentum": 0.999, "dim": 128,
+    "queue_size": 65_536, "momentum": 0.999, "dim": 128, "bn_splits": 8,  # GPUs of 32 images each
 }  # fmt: skip
 # Losses may differ by a factor from their sources' (SimCLR's code adds up both views): LARS does not see it.
 _LARS: Mapping[str, Any] = {
@@ -93,7 +94,7 @@ PRESETS: Mapping[str, Preset] = {
         _config(
             "cifar10", 512, epochs=800, **_CIFAR, **_CIFAR_SGD, method="moco",
             learning_rate=0.03,  # 0.06 for 512 images
-            temperature=0.1, queue_size=4096, dim=128, head="linear",
+            temperature=0.1, queue_size=4096, dim=128, head="linear", bn_splits=8,
         ),
         "facebookresearch/moco, branch colab-notebook, moco_cifar10_demo.ipynb: asymmetric loss, 800 epochs",
         88.7,

@@ -108,7 +108,7 @@ def few_label_probe(features: Features, draws: Tensor) -> dict[str, float]:
 def few_label_draws(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     """Indices ``(DRAWS, classes * per_class)`` of random training images, ``per_class`` of every class."""
     members = [(labels == c).nonzero().squeeze(1) for c in labels.unique()]
-    fewest = min(len(m) for m in members)
+    fewest = min((len(m) for m in members), default=0)  # captions alone are no labels
     if fewest < per_class:
         raise MissingData(
             f"got a class with {fewest} labelled training images; expected at least {per_class}, for the probe with "

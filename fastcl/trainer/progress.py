@@ -6,8 +6,15 @@ import sys
 import time
 from types import TracebackType
 
+import torch
+
 from .collapse import COLLAPSED
 from .errors import need
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _EVERY = 5.0  # seconds between lines
 
@@ -15,8 +22,8 @@ _EVERY = 5.0  # seconds between lines
 class Progress:
     """Use as a context manager; call :meth:`update` after every step."""
 
-    def __init__(self, steps: int, start: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, start: int, device: torch.device) -> None:
+        self.steps, self.device = steps, device
         self.bar = None
         if sys.stderr.isatty():
             self.bar = need("tqdm", "the progress bar").tqdm(total=steps, initial=start, unit="step", file=sys.stderr)
@@ -25,7 +32,7 @@ class Progress:
 
     def update(self, step: int, loss: float, images_per_second: float, loss_share: float) -> None:
         """``step`` steps are done."""
-        shown = f"loss {loss:.3f}, {images_per_second:.0f} images/s, loss share {loss_share:.0%}"
+        shown = f"loss {loss:.3f}, {images_per_second:.0f} images/s, loss share {loss_share:.0%}{_memory(self.device)}"
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -56,3 +63,14 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _memory(device: torch.device) -> str:
+    """The most that was in use so far: by torch on a GPU, elsewhere by the process, where the system tells."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    elif resource is None:
+        return ""
+    else:  # kibibytes, but bytes on a Mac
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f", memory {used / 2**30:.2f} GiB"

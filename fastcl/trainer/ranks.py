@@ -1,9 +1,9 @@
 """Several processes that train one network, as ``torchrun`` starts them: each has its rows of every batch.
 
 The loss is that of the whole batch (``fastcl.distributed``), and DistributedDataParallel averages gradients, so the
-weights are those of one process, but for BatchNorm, which sees the rows of its rank unless ``sync_batchnorm`` is set.
-(Siamese pairs its images with their neighbours within a rank.) The first rank probes, writes and speaks; the
-checkpoint has its running statistics.
+weights are those of one process, but for BatchNorm, which sees the rows of its rank unless ``sync_batchnorm`` is set:
+for MoCo, that is one process with as many ``bn_splits``. (Siamese pairs its images with their neighbours within a
+rank.) The first rank probes, writes and speaks; the checkpoint has its running statistics.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed as losses
+from .batchnorm import split_batchnorm
 from .config import TrainConfig
 from .errors import TrainError
-from .methods import Method
+from .method import Method
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class Ranks:
         return micro_batches[:, self.rank].flatten()
 
     def parallel(self, method: Method, config: TrainConfig) -> nn.Module:
-        """What is called in place of ``method``: gradients of its parameters become the mean over ranks."""
+        """What is called in place of ``method``: gradients of its parameters become the mean over ranks.
+
+        BatchNorm of ``method`` itself then sees the rows that the config says.
+        """
+        if config.bn_splits > 1:
+            split_batchnorm(method, config.bn_splits)
         if self.count == 1:
             return method
         method.loss.ranks = losses.Ranks(distributed.group.WORLD)  # type: ignore[assignment]
@@ -77,13 +83,21 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     """The ranks of this run, which can talk to each other inside.
 
     Raises:
-        TrainError: they cannot share a batch equally, or BatchNorm across ranks is asked for without GPUs.
+        TrainError: they cannot share a batch equally, nor cut their parts into ``bn_splits``, or BatchNorm across ranks
+            is asked for without GPUs.
     """
     ranks = launched()
     if (config.batch_size // config.accumulate) % ranks.count:
         raise TrainError(
             f"got batch_size / accumulate = {config.batch_size // config.accumulate} for {ranks.count} ranks; expected "
             "a multiple of the ranks. Choose another --batch-size."
+        )
+    rows = config.batch_size // config.accumulate // ranks.count
+    chunk = min(config.chunk or rows, rows)
+    if any(n % config.bn_splits or 0 < n < 2 * config.bn_splits for n in (chunk, rows % chunk) if config.bn_splits > 1):
+        raise TrainError(
+            f"got bn_splits = {config.bn_splits} for {rows} images of a rank's micro-batch in chunks of {chunk}; "
+            "expected equal parts of at least 2 images in each. Choose a smaller divisor of both."
         )
     if config.sync_batchnorm and config.device != "cuda":
         raise TrainError(

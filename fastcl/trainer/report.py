@@ -27,6 +27,8 @@ def table(result: Mapping[str, Any]) -> str:
         row = result["probe"][key]
         ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
         lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
+    if result.get("zero_shot") is not None:
+        lines += ["", f"zero-shot accuracy of the class names, %: {result['zero_shot']:.1f}"]
     seen = result.get("embeddings", {})  # an older fastcl wrote none
     if seen.get("effective_rank") is not None:
         lines += [

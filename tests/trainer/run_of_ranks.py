@@ -1,4 +1,7 @@
-"""A short run for ``test_ranks.py``, of one process or of those of torchrun, with an encoder that never mixes rows."""
+"""A short run for ``test_ranks.py``, of one process or of those of torchrun.
+
+The encoder never mixes rows, unless the last word is "batchnorm".
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ class _Double(nn.Module):
 
 
 def build(name: str | None, channels: int, size: int, stem: str = "imagenet") -> tuple[nn.Module, int]:
-    layers = [nn.Conv2d(channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()]
+    norm = nn.BatchNorm2d(16) if sys.argv[-1] == "batchnorm" else nn.GroupNorm(4, 16)
+    layers = [nn.Conv2d(channels, 16, 3, padding=1), norm, nn.ReLU()]
     encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
     return (nn.Sequential(_Double(), encoder.double()) if sys.argv[2] == "float64" else encoder), 64
 

@@ -122,7 +122,7 @@ def test_on_a_terminal_the_warning_leaves_the_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Progress(10, 4) as progress:
+    with Progress(10, 4, torch.device("cpu")) as progress:
         progress.probed(5, 1.0)
         progress.update(10, 1.5, 10.0, 0.1)
     err = capsys.readouterr().err

@@ -13,8 +13,10 @@ from fastcl.trainer import TrainConfig
 from fastcl.trainer.config import MULTI_CROP
 from fastcl.trainer.data import load_data
 from fastcl.trainer.loop import _build, _step
-from fastcl.trainer.methods import BYOL, METHODS, Method, MoCo, MoCoV3, SimSiam
+from fastcl.trainer.method import Method
+from fastcl.trainer.methods import BYOL, METHODS, MoCo, MoCoV3, SimSiam
 from fastcl.trainer.models import build_encoder
+from fastcl.trainer.text import tokens
 
 CPU = torch.device("cpu")
 LABELS = torch.arange(16) % 5
@@ -25,9 +27,10 @@ def build(**settings: object) -> Method:
     return _build(config, load_data(config))
 
 
-def views(batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def views(method: str = "simclr") -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(batch, 1, 8, 8, generator=generator), torch.rand(batch, 1, 8, 8, generator=generator)
+    one, other = torch.rand(2, 16, 1, 8, 8, generator=generator)
+    return one, (tokens([f"image {i}" * (1 + i % 3) for i in range(16)], 64) if method == "clip" else other)
 
 
 def optimizer(method: torch.nn.Module) -> torch.optim.Optimizer:
@@ -37,10 +40,10 @@ def optimizer(method: torch.nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_cut_at_the_embeddings_is_the_step_of_one_backward(name: str) -> None:
     cut, whole = build(method=name), build(method=name)
-    loss, seconds = _step(cut, optimizer(cut), views(), LABELS, CPU)
+    loss, seconds = _step(cut, optimizer(cut), views(name), LABELS, CPU)
     sgd = optimizer(whole)
     whole.begin_step()
-    expected = whole.objective(LABELS, *whole(*views()))
+    expected = whole.objective(LABELS, *whole(*views(name)))
     expected.backward()
     sgd.step()
     assert loss == expected.item() and seconds > 0
@@ -55,10 +58,10 @@ def test_a_step_in_chunks_is_the_step_of_their_embeddings(name: str) -> None:
     cut, whole = build(method=name), build(method=name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # BatchNorm sees chunks
-        loss, _ = _step(cut, optimizer(cut), views(), LABELS, CPU, chunk=3)
+        loss, _ = _step(cut, optimizer(cut), views(name), LABELS, CPU, chunk=3)
     sgd = optimizer(whole)
     whole.begin_step()
-    parts = [whole(*part) for part in zip(*(view.split(3) for view in views()), strict=True)]
+    parts = [whole(*part) for part in zip(*(view.split(3) for view in views(name)), strict=True)]
     expected = whole.objective(LABELS, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
     expected.backward()
     sgd.step()
@@ -74,11 +77,11 @@ def test_micro_batches_add_their_gradients(name: str, chunk: int | None) -> None
     cut, whole = build(method=name), build(method=name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # BatchNorm sees chunks
-        loss, seconds = _step(cut, optimizer(cut), views(), LABELS, CPU, chunk=chunk, accumulate=2)
+        loss, seconds = _step(cut, optimizer(cut), views(name), LABELS, CPU, chunk=chunk, accumulate=2)
         whole.begin_step()
         losses = []
         for half in (slice(None, 8), slice(8, None)):
-            one, other = views()
+            one, other = views(name)
             embeddings = whole(one[half], other[half]) if chunk is None else None
             if embeddings is None:
                 parts = [whole(*part) for part in zip(one[half].split(3), other[half].split(3), strict=True)]
@@ -101,7 +104,7 @@ def test_a_step_in_16_bits_is_nearly_the_step_in_32(
 ) -> None:
     low, high = build(method=name), build(method=name)
     digits = load_data(TrainConfig()).train.read(torch.arange(16))
-    images = digits, digits.roll(1, 3)
+    images = digits, views(name)[1] if name == "clip" else digits.roll(1, 3)
     seen = []
     low.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     low.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -124,7 +127,7 @@ def test_a_step_in_16_bits_is_nearly_the_step_in_32(
 def test_the_fused_loss_is_the_dense_one(name: str) -> None:
     method = build(method=name, queue_size=50)
     with torch.no_grad():
-        embeddings = method(*views())
+        embeddings = method(*views(name))
         # the reference multiplies a queue of fp32 keys as it is
         wide = [e if name == "moco" else e.double() for e in embeddings]
         dense = method.formula(reference, LABELS, *wide)
@@ -240,7 +243,7 @@ def test_a_linear_head_is_that_of_moco_v1(name: str) -> None:
     assert not torch.equal(method.head.weight, before)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"clip"}))  # which has no hidden layer
 def test_heads_are_as_wide_as_asked(name: str) -> None:
     method = build(method=name, dim=24, hidden=40)
     assert {e.shape for e in method(*views())} == {(16, 24)}

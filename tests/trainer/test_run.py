@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import trainer
+from fastcl import reference, trainer
 from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fastcl.trainer.data import Images, load_data
 from fastcl.trainer.errors import MissingPackage
+from fastcl.trainer.methods import METHODS, SimCLR
 from fastcl.trainer.progress import Progress
 
 from .conftest import SHORT
@@ -231,6 +233,20 @@ def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
     assert control["probe"]["trained"]["few10"]["mean"] < real["probe"]["trained"]["few10"]["mean"]
 
 
+def test_the_fused_loss_trains_as_the_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dense(SimCLR):
+        def objective(self, labels: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
+            return self.formula(reference, labels, *embeddings)
+
+    curves = []
+    for name, method in (("fused", SimCLR), ("dense", Dense)):
+        monkeypatch.setitem(METHODS, "simclr", method)
+        train(TrainConfig(output=str(tmp_path / name), temperature=0.1, **SHORT))
+        with (tmp_path / name / "metrics.csv").open(newline="") as file:
+            curves.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3) and curves[0][-1] < curves[0][0] - 0.5
+
+
 def test_a_run_without_training_keeps_its_random_weights(tmp_path: Path) -> None:
     config = TrainConfig(method="moco", control="no-training", output=str(tmp_path / "run"), **SHORT | {"steps": 3})
     result = train(config)
@@ -394,17 +410,17 @@ def test_where_nobody_watches_progress_is_a_line_every_few_seconds(
 ) -> None:
     clock = iter([0.0, 1.0, 4.9, 5.1, 6.0, 10.2])
     monkeypatch.setattr("fastcl.trainer.progress.time.monotonic", lambda: next(clock))
-    with Progress(100, 0) as progress:
+    with Progress(100, 0, torch.device("cpu")) as progress:
         for step in range(1, 6):
             progress.update(step, 1.5, 10.0, 0.1)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 3/100", "step 5/100"]
-    assert "loss 1.500, 10 images/s, loss share 10%, 165 s left" in lines[0]
+    assert re.search(r"loss 1.500, 10 images/s, loss share 10%, memory \d+\.\d\d GiB, 165 s left", lines[0])
 
 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress(10, 4) as progress:
+    with Progress(10, 4, torch.device("cpu")) as progress:
         progress.update(10, 1.5, 10.0, 0.1)
     assert "10/10" in capsys.readouterr().err
 
