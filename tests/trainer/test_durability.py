@@ -119,8 +119,12 @@ def cut_off(run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -> None:
-    """Something of these steps is not finite; with micro-batches, only of the second."""
+def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -> list[int]:
+    """Something of these steps is not finite; with micro-batches, only of the second.
+
+    Returns:
+        The step of every loss that will be computed.
+    """
 
     def views(batch: Any) -> Any:
         def poisoned(config: Any, data: Any, step: int, *rest: Any) -> Any:
@@ -140,6 +144,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -
             poisonous = now[0] in steps and calls.count(now[0]) * options["share"] == 1
 
             def objective(labels: Any, *embeddings: Any) -> Any:
+                losses.append(now[0])
                 loss = type(method).objective(method, labels, *embeddings)
                 if what == "gradients" and poisonous:
                     embeddings[0].register_hook(lambda grad: grad * math.nan)
@@ -154,9 +159,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -
 
         return poisoned
 
-    now, calls = [0], []
+    now, calls, losses = [0], list[int](), list[int]()
     monkeypatch.setattr(loop, "_batch", views(loop._batch))
     monkeypatch.setattr(loop, "add_gradients", part(loop.add_gradients))
+    return losses
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"chunk": 32}], ids=["whole", "accumulate", "chunk"])
@@ -177,10 +183,11 @@ def test_a_batch_that_is_not_finite_changes_nothing(
         given = config.chunk, config.accumulate, config.precision, None, None, guard
         return loop._step(method, optimizer, views, labels, CPU, *given)[0]
 
-    poison(monkeypatch, what, [2])
+    losses = poison(monkeypatch, what, [2])
     assert math.isfinite(step(1))
     before, optimized = copy.deepcopy(method.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     assert math.isnan(step(2)) and guard.bad == what
+    assert losses.count(2) == config.accumulate - (what in ("views", "embeddings"))  # no loss has seen them
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]), name
     for at, state in optimizer.state_dict()["state"].items():
