@@ -338,6 +338,11 @@ def test_what_is_kept_is_measured_and_given_back() -> None:
     assert _measure.peak_bytes(step) > again + 1024 * 1024 * 4 / 2
 
 
+def test_without_the_module_there_is_nothing_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_C", None)
+    native.release_workspace()
+
+
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_settings, "workspace_bytes", 0)
     z = normalize(torch.randn(8192, 16), dim=1).requires_grad_()

@@ -171,7 +171,9 @@ def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
 
 
 def release_workspace() -> None:
-    """Give back what the last forward kept; the next one takes it anew."""
+    """Give back what the last forward kept; the next one takes it anew. Without the native module there is nothing."""
+    if _C is None:
+        return
     with _workspace.lock:
         _workspace.count = 0
         _workspace.packed = _workspace.tiles = _bytes(0)

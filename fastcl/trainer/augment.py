@@ -65,7 +65,7 @@ class Augmentation:
         """
         height, width = images.shape[2:]
         local = replace(self, area=(self.area[0] * 5 / 14, self.area[0]))
-        side = local_size or max(round(min(height, width) * 3 / 7), 1)
+        side = local_size or usual_local_size(height, width)
         kinds = [(self, (height, width))] * count + [(local, (side, side))] * local_crops
         return tuple(
             augmentation._view(images, uniform((*key, number), at, _DRAWS), size)
@@ -138,6 +138,11 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64)
+
+
+def usual_local_size(height: int, width: int) -> int:
+    """Pixels per side of a local crop of such images."""
+    return max(round(min(height, width) * 3 / 7), 1)
 
 
 DIGITS = Augmentation(area=(0.5, 1.0), degrees=20)  # no mirror: a mirrored digit is no digit

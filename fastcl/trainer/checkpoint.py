@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import TrainError
 
-FORMAT = 2  # 2: a digest
+FORMAT = 3  # 3: a digest, and the shape of the images
+_SHOWN = 300  # characters of what differs
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -78,6 +79,22 @@ def load_checkpoint(path: Path, *, repair: bool = True) -> dict[str, Any]:
         os.replace(path, aside)
         print(f"warning: {error} It is now {aside.name}; {previous.name} is used in its place.", file=sys.stderr)
         return state
+
+
+def restore(network: nn.Module, weights: Mapping[str, Any], source: Path | str) -> None:
+    """Load the state dict ``weights`` of the checkpoint ``source`` into a network that must be the one it is of.
+
+    Raises:
+        TrainError: it is another one; the message begins to say where.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        _, *differences = str(error).splitlines()
+        raise TrainError(
+            f"the weights of {source} do not fit the network ({' '.join(differences).strip()[:_SHOWN]}...); expected "
+            "the encoder that the run had. Give that one, with the same version of its library."
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

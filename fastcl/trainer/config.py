@@ -46,13 +46,18 @@ class TrainConfig:
     )
     local_size: int | None = _option(None, "pixels per side of those (default: 3/7 of the image's)")
     encoder: str | None = _option(
-        None, "network (default: conv for images up to 32 pixels, else resnet18)", "conv", "resnet18", "resnet50"
+        None,
+        "network: conv; a classification network of torchvision, as resnet50, vit_b_16 or efficientnet_b0; timm:NAME; "
+        "in Python also given, with a module (default: conv for images up to 32 pixels, else resnet18)",
     )
     stem: str = _option(
         "imagenet",
-        "of a ResNet: imagenet, 7 x 7 pixels, or cifar, 3 x 3 without pooling, for images up to about 64",
+        "of torchvision's ResNets: imagenet, 7 x 7 pixels, or cifar, 3 x 3 without pooling, for images up to about 64",
         "imagenet",
         "cifar",
+    )
+    freeze_patch_embedding: bool = _option(
+        False, "leave the patch projection of a ViT at its random weights, which steadies training (MoCo v3)"
     )
     head: str = _option(
         "mlp",
@@ -60,12 +65,14 @@ class TrainConfig:
         "mlp",
         "linear",
     )
+    head_layers: int = _option(2, "linear layers of an mlp head; moco-v3 has 3 for ViTs")
+    predictor_norm: bool = _option(False, "moco-v3: BatchNorm after the predictor too, as it has for ViTs")
     dim: int = _option(64, "features that the loss sees")
     hidden: int | None = _option(
-        None, "width of the hidden layer of heads (default: of the features; with BatchNorm at least twice --dim)"
+        None, "width of the hidden layers of heads (default: of the features; with BatchNorm at least twice --dim)"
     )
     init: str | None = _option(
-        None, "where the encoder starts: torchvision:resnet18, torchvision:resnet50, or a file of fastcl export"
+        None, "where the encoder starts: torchvision:NAME, timm:NAME, or a file of fastcl export"
     )
     steps: int = _option(900, "optimizer steps")
     batch_size: int = _option(256, "images per step; each gives two views")
@@ -152,7 +159,10 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {"batch_size": 2, "chunk": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0, "text_context": 3}
+        least = {
+            "batch_size": 2, "chunk": 2, "head_layers": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0,
+            "text_context": 3,
+        }  # fmt: skip
         counts = (
             "steps",
             "warmup_steps",
@@ -163,6 +173,7 @@ class TrainConfig:
             "local_size",
             "queue_size",
             "dim",
+            "head_layers",
             "hidden",
             "image_size",
             "checkpoint_every",
@@ -193,6 +204,14 @@ class TrainConfig:
             raise TrainError(f"got margin = {self.margin}; expected a finite number, 0 or more. Distances end at 2.")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainError(f"got weight_decay = {self.weight_decay}; expected a finite number, 0 or more. Try 1e-4.")
+        if self.head == "linear" and self.head_layers > 2:
+            raise TrainError(
+                f"got head_layers = {self.head_layers} for a linear head; expected an mlp. Leave one of them out."
+            )
+        if self.predictor_norm and self.method != "moco-v3":
+            raise TrainError(
+                f"got predictor_norm for {self.method}; expected moco-v3, whose code has it. Leave it out."
+            )
         if self.text_width % 32:
             raise TrainError(f"got text_width = {self.text_width}; expected a multiple of 32. Try 64.")
         if self.bn_splits > 1 and (self.method != "moco" or self.sync_batchnorm):

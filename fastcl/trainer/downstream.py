@@ -54,8 +54,8 @@ def detection_model(
 def segmentation_model(file: Path | str, classes: int, *, head: str = "deeplabv3") -> nn.Module:
     """DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) or an FCN (Long et al. 2015, arXiv:1411.4038).
 
-    The last two stages of a ResNet-50 are dilated instead of strided, as in torchvision; ResNet-18 has no such form
-    there and keeps its strides.
+    The last two stages are dilated instead of strided, as in torchvision; ResNet-18 and 34 have no such form there and
+    keep their strides.
 
     Args:
         file: a ResNet of RGB images that ``fastcl export`` wrote, ``.pt`` or ``.safetensors``.
@@ -75,10 +75,10 @@ def segmentation_model(file: Path | str, classes: int, *, head: str = "deeplabv3
     models = need("torchvision.models", "segmentation")
     extraction = need("torchvision.models.feature_extraction", "segmentation")
     part = need(f"torchvision.models.segmentation.{head}", "segmentation")
-    dilated = {"replace_stride_with_dilation": [False, True, True]} if name == "resnet50" else {}
+    dilated = {"replace_stride_with_dilation": [False, True, True]} if name not in ("resnet18", "resnet34") else {}
     resnet = getattr(models, name)(weights=None, **dilated)
+    features, resnet.fc = resnet.fc.in_features, nn.Identity()
     load_weights(resnet, weights, str(file))
-    features = resnet.fc.in_features
     backbone = extraction.create_feature_extractor(resnet, {"layer4": "out"})
     if head == "fcn":
         fcn: nn.Module = part.FCN(backbone, part.FCNHead(features, classes))
@@ -198,7 +198,7 @@ def polygon_mask(corners: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resnet(file: Path | str) -> tuple[dict[str, Tensor], str]:
-    weights = read_weights(file)
+    weights = {name: value for name, value in read_weights(file).items() if not name.startswith("fc.")}
     return weights, resnet_name(weights, str(file))
 
 

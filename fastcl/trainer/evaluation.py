@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from . import loop
-from .checkpoint import load_checkpoint, write_json
+from .checkpoint import load_checkpoint, restore, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
@@ -28,7 +28,12 @@ _COLUMNS = {
 
 
 def evaluate(
-    folder: Path | str, probe: str | None = None, *, epochs: int = 20, device: str | None = None
+    folder: Path | str,
+    probe: str | None = None,
+    *,
+    epochs: int = 20,
+    device: str | None = None,
+    encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Probe the last checkpoint of a finished or interrupted run, on all labelled images of its data set.
 
@@ -41,6 +46,7 @@ def evaluate(
             each class, and ``fine-tune``, see :func:`fine_tune`; all of them when omitted.
         epochs: of fine-tuning.
         device: where to compute; that of the run when omitted.
+        encoder: as :func:`~.loop.train` had it, of a run whose encoder was given.
 
     Returns:
         What ``evaluation.json`` holds: accuracies in percent on the held-out images, of raw pixels, of the encoder with
@@ -58,7 +64,7 @@ def evaluate(
     state = load_checkpoint(folder / "checkpoint.pt")
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
     with loop._threads(config.threads):
-        accuracy = _accuracies(config, state, probes, epochs, loop._device(device or config.device))
+        accuracy = _accuracies(config, state, probes, epochs, loop._device(device or config.device), encoder)
     result: dict[str, Any] = {
         "method": config.method,
         "dataset": config.data,
@@ -94,15 +100,17 @@ def fine_tune(encoder: nn.Module, data: Data, config: TrainConfig, epochs: int, 
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=config.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     generator = loop._generator(config.seed, "fine-tune")
-    for epoch in range(epochs):
-        order = labelled[torch.randperm(len(labelled), generator=generator)]
-        for at in order[: batches * batch_size].split(batch_size):
-            images = data.train.read(at).to(device)
-            (view,) = data.augmentation.views(images, at, ("fine-tune", config.seed, epoch), count=1)
-            optimizer.zero_grad()
-            cross_entropy(network(view), data.train.labels[at].to(device)).backward()
-            optimizer.step()
-            cosine.step()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # of dropout
+        for epoch in range(epochs):
+            order = labelled[torch.randperm(len(labelled), generator=generator)]
+            for at in order[: batches * batch_size].split(batch_size):
+                images = data.train.read(at).to(device)
+                (view,) = data.augmentation.views(images, at, ("fine-tune", config.seed, epoch), count=1)
+                optimizer.zero_grad()
+                cross_entropy(network(view), data.train.labels[at].to(device)).backward()
+                optimizer.step()
+                cosine.step()
     known = (data.test.labels >= 0).nonzero().squeeze(1)
     predicted = encode(network, data.test, known, device).argmax(1)
     return 100 * (predicted == data.test.labels[known]).double().mean().item()
@@ -123,13 +131,18 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _accuracies(
-    config: TrainConfig, state: Mapping[str, Any], probes: tuple[str, ...], epochs: int, device: torch.device
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    probes: tuple[str, ...],
+    epochs: int,
+    device: torch.device,
+    given: nn.Module | None,
 ) -> dict[str, dict[str, Any]]:
     data = load_data(config)
     prober = Prober(data, loop._generator("probe"), everything=True)
-    method = loop._build(config, data).to(device)
+    method = loop._build(config, data, None, given).to(device)
     random = calibrated(method.encoder, data.train, prober.train_at, device)
-    method.load_state_dict(state["method"])
+    restore(method, state["method"], "the checkpoint")
     accuracy: dict[str, dict[str, Any]] = {}
     for name, encoder in (("raw", None), ("random", random), ("trained", method.encoder)):
         accuracy[name] = _frozen(prober, encoder, probes, device) if probes != ("fine-tune",) else {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
@@ -25,7 +25,7 @@ from .gradients import add_gradients, now
 from .guard import Guard
 from .method import Method, check_labels
 from .methods import METHODS
-from .models import build_encoder
+from .models import run_encoder
 from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
 from .probe import Prober
@@ -36,8 +36,12 @@ from .signals import leave, requests
 from .text import captions, tokens
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, encoder: nn.Module | None = None) -> dict[str, Any]:
     """Train, probe and report; write the run folder.
+
+    Args:
+        encoder: where ``config.encoder`` is ``"given"``: any module from images ``(B, C, H, W)``, 0 to 1, to features
+            ``(B, F)``. A copy is trained, in training mode; what it is worth as given is the random-init baseline.
 
     Returns:
         What ``result.json`` holds.
@@ -49,16 +53,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     config = config.resolved()
     with joined(config) as ranks:
-        return _run(config, Path(str(config.output)), None, ranks)
+        return _run(config, Path(str(config.output)), None, ranks, encoder)
 
 
-def resume(folder: Path | str) -> dict[str, Any]:
+def resume(folder: Path | str, *, encoder: nn.Module | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its last checkpoint, to the bits that it would have reached uninterrupted.
 
     A finished run is left alone and its result returned.
 
+    Args:
+        encoder: as :func:`train` had it: the baseline is computed from its weights, training goes on from the saved.
+
     Raises:
-        TrainError: there is no checkpoint, it cannot be read, or :func:`train` would raise it.
+        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, or :func:`train` would
+            raise it.
         KeyboardInterrupt, SystemExit: as :func:`train`.
     """
     folder = Path(folder)
@@ -70,18 +78,20 @@ def resume(folder: Path | str) -> dict[str, Any]:
     with joined(config) as ranks:
         if ranks.told(state["step"]) != state["step"]:  # a file that one rank could read and another could not
             state = load_checkpoint(folder / "checkpoint.pt", repair=False)
-        return _run(config, folder, state, ranks)
+        return _run(config, folder, state, ranks, encoder)
 
 
-def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
+def _run(
+    config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks: Ranks, encoder: nn.Module | None
+) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
     device = _device(config.device)
     data = load_data(config)
     check_labels(config, data)
     prober = Prober(data, _generator("probe"))
-    with _threads(config.threads):
-        method = _build(config, data, config.init if state is None else None).to(device)
+    with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        method = _build(config, data, config.init if state is None else None, encoder).to(device)
         optimizer = build_optimizer(config, method)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         start, seconds, loss_seconds = 0, 0.0, 0.0
@@ -91,7 +101,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
         if state is None and ranks.first:
             claim(folder, config)
         if state is not None:
-            method.load_state_dict(state["method"])
+            restore(method, state["method"], folder / "checkpoint.pt")
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled():
                 scaler.load_state_dict(state["scaler"])
@@ -119,6 +129,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
                 method.seed = _generator(config.seed, "method", step).initial_seed()
+                torch.manual_seed(_generator(config.seed, "network", step, ranks.rank).initial_seed())  # dropout
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(method, optimizer, views, labels, device, *how)
                 loss_seconds += spent
@@ -142,6 +153,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                         {
                             "config": dataclasses.asdict(config),
                             "step": step,
+                            "images": _shape(data),
                             "seconds": seconds,
                             "loss_seconds": loss_seconds,
                             "method": method.state_dict(),
@@ -155,7 +167,7 @@ def _run(config: TrainConfig, folder: Path, state: dict[str, Any] | None, ranks:
                     leave(guard.stop)
         result = None
         if ranks.first:
-            untrained = _build(config, data).to(device).encoder
+            untrained = _build(config, data, None, encoder).to(device).encoder
             batch = _batch(config, data, config.steps, device)
             result = finish(config, folder, data, prober, method, untrained, batch, history, seconds, loss_seconds)
         finished: dict[str, Any] = ranks.told(result)
@@ -245,18 +257,22 @@ def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _build(config: TrainConfig, data: Data, init: str | None = None) -> Method:
+def _build(config: TrainConfig, data: Data, init: str | None = None, given: nn.Module | None = None) -> Method:
     """The method with the weights of the seed, and of ``init``; the global generator is left as it was."""
-    _, channels, _, size = data.test.read(torch.tensor([0])).shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder, features = build_encoder(config.encoder, channels, size, config.stem)
+        encoder, features = run_encoder(config, _shape(data), given)
         if init:
             start_from(encoder, init)  # before a method copies the encoder
         method = METHODS[config.method](encoder, features, config)
     if config.control == "frozen-queue":
         method.loss.eval()  # MoCoLoss moves its queue in training mode only
     return method.to(memory_format=torch.channels_last)
+
+
+def _shape(data: Data) -> list[int]:
+    """C, H and W of the images."""
+    return list(data.test.read(torch.tensor([0])).shape[1:])
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class BYOL(Method):
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden)
+        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden, layers=config.head_layers)
         self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
@@ -149,12 +149,12 @@ class BYOL(Method):
 class MoCoV3(BYOL):
     """MoCo v3 (Chen et al. 2021, arXiv:2104.02057): BYOL's networks, InfoNCE over the batch both ways, and no queue.
 
-    The projection ends with BatchNorm that learns nothing, as in the paper's code for ResNets.
+    The projection ends with BatchNorm that learns nothing, as in the paper's code; for ViTs the prediction does too.
     """
 
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__(encoder, features, config)
-        for head in (self.head, self.target_head):
+        for head in (self.head, self.target_head, *([self.predictor] if config.predictor_norm else [])):
             head.append(nn.BatchNorm1d(config.dim, affine=False))
         self.loss = MoCoV3Loss(config.temperature)
 
@@ -173,7 +173,7 @@ class SimSiam(Method):
     def __init__(self, encoder: nn.Module, features: int, config: TrainConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden)
+        self.head = projection_head(features, config.dim, norm=True, hidden=config.hidden, layers=config.head_layers)
         self.predictor = projection_head(config.dim, config.dim, norm=True, hidden=config.hidden)
         self.loss = NegativeCosineLoss()
 
@@ -266,7 +266,7 @@ def _plain_head(features: int, config: TrainConfig) -> nn.Module:
     """A projection without BatchNorm: linear (MoCo v1), or with a hidden layer."""
     if config.head == "linear":
         return nn.Linear(features, config.dim)
-    return projection_head(features, config.dim, hidden=config.hidden)
+    return projection_head(features, config.dim, hidden=config.hidden, layers=config.head_layers)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..pairwise import l2_normalize, pair_topk
 from . import report
@@ -61,8 +61,11 @@ th, td {{ text-align: left; padding: 0.1rem 1.5rem 0.1rem 0; font-variant-numeri
 """
 
 
-def write_page(run: Path | str) -> Path:
+def write_page(run: Path | str, *, encoder: nn.Module | None = None) -> Path:
     """Write ``report.html`` into the folder of a finished run; pictures are inside, and nothing else is loaded.
+
+    Args:
+        encoder: as :func:`~.loop.train` had it, of a run whose encoder was given.
 
     Returns:
         The file.
@@ -79,10 +82,10 @@ def write_page(run: Path | str) -> Path:
         )
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     config, history = TrainConfig(**state["config"]), state["history"]
-    data, (encoder, _) = load_data(config), trained_encoder(run)
+    data, (trained, _) = load_data(config), trained_encoder(run, encoder=encoder)
     labelled = (data.test.labels >= 0).nonzero().squeeze(1)
     at = labelled[:: -(-len(labelled) // _SHOWN)]
-    features, labels = encode(encoder, data.test, at, torch.device("cpu")), data.test.labels[at]
+    features, labels = encode(trained, data.test, at, torch.device("cpu")), data.test.labels[at]
     near = nearest_of_each_class(features, labels)
     pictures = data.test.read(at[near.flatten()]).unflatten(0, near.shape)
     page = _PAGE.format(

@@ -66,6 +66,14 @@ _MOCO_R50: Mapping[str, Any] = {
 _LARS: Mapping[str, Any] = {
     "optimizer": "lars", "lr_scaling": "linear", "weight_decay": 1e-6, "exclude_norm_bias": True,
 }  # fmt: skip
+# facebookresearch/moco-v3, CONFIG.md, main_moco.py and moco/builder.py. Not as there: positions are learned, not fixed
+# sines and cosines; layers have the initial weights of their library, not Xavier's; and timm's ViT-S has 6 heads of
+# attention, not 12.
+_MOCO_V3_VIT: Mapping[str, Any] = {
+    "method": "moco-v3", "optimizer": "adamw", "learning_rate": 1.5e-4, "lr_scaling": "linear", "weight_decay": 0.1,
+    "freeze_patch_embedding": True, "temperature": 0.2, "momentum": 0.99, "momentum_schedule": "cosine", "dim": 256,
+    "hidden": 4096, "head_layers": 3, "predictor_norm": True, "precision": "fp16", "device": "cuda",
+}  # fmt: skip
 _CIFAR_SGD: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_scaling": "linear", "momentum": 0.99}
 
 PRESETS: Mapping[str, Preset] = {
@@ -139,6 +147,18 @@ PRESETS: Mapping[str, Preset] = {
         ),
         "facebookresearch/moco-v3, CONFIG.md and main_moco.py: ResNet-50, 300 epochs",
         72.8,
+        "linear classifier",
+    ),
+    "moco-v3-vit-s": Preset(
+        _config("imagenet", 4096, epochs=300, warmup_epochs=40, **_MOCO_V3_VIT, encoder="timm:vit_small_patch16_224"),
+        "facebookresearch/moco-v3, CONFIG.md: ViT-Small; Chen et al. 2021, arXiv:2104.02057",
+        73.2,
+        "linear classifier",
+    ),
+    "moco-v3-vit-b": Preset(
+        _config("imagenet", 4096, epochs=300, warmup_epochs=40, **_MOCO_V3_VIT, encoder="vit_b_16"),
+        "facebookresearch/moco-v3, CONFIG.md: ViT-Base; Chen et al. 2021, arXiv:2104.02057",
+        76.7,
         "linear classifier",
     ),
 }  # fmt: skip

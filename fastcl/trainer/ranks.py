@@ -1,9 +1,9 @@
 """Several processes that train one network, as ``torchrun`` starts them: each has its rows of every batch.
 
 The loss is that of the whole batch (``fastcl.distributed``), and DistributedDataParallel averages gradients, so the
-weights are those of one process, but for BatchNorm, which sees the rows of its rank unless ``sync_batchnorm`` is set:
-for MoCo, that is one process with as many ``bn_splits``. (Siamese pairs its images with their neighbours within a
-rank.) The first rank probes, writes and speaks; the checkpoint has its running statistics.
+weights are those of one process, but for dropout, and for BatchNorm, which sees the rows of its rank unless
+``sync_batchnorm`` is set: for MoCo, that is one process with as many ``bn_splits``. (Siamese pairs its images with
+their neighbours within a rank.) The first rank probes, writes and speaks; the checkpoint has its running statistics.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
 from torch import Tensor, nn
 
 from fastcl.trainer import TrainConfig, loop, train
@@ -18,11 +19,12 @@ class _Double(nn.Module):
         return images.double()
 
 
-def build(name: str | None, channels: int, size: int, stem: str = "imagenet") -> tuple[nn.Module, int]:
+def build() -> nn.Module:
+    torch.manual_seed(0)
     norm = nn.BatchNorm2d(16) if sys.argv[-1] == "batchnorm" else nn.GroupNorm(4, 16)
-    layers = [nn.Conv2d(channels, 16, 3, padding=1), norm, nn.ReLU()]
+    layers = [nn.Conv2d(1, 16, 3, padding=1), norm, nn.ReLU()]
     encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    return (nn.Sequential(_Double(), encoder.double()) if sys.argv[2] == "float64" else encoder), 64
+    return nn.Sequential(_Double(), encoder.double()) if sys.argv[2] == "float64" else encoder
 
 
 def heads_in_double(build_method: object) -> object:
@@ -33,6 +35,5 @@ def heads_in_double(build_method: object) -> object:
     return built
 
 
-loop.build_encoder = build
 loop._build = heads_in_double(loop._build)
-train(TrainConfig(output=sys.argv[1], **json.loads(sys.argv[3])))
+train(TrainConfig(encoder="given", output=sys.argv[1], **json.loads(sys.argv[3])), encoder=build())

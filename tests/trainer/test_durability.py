@@ -19,7 +19,7 @@ import torch
 
 from fastcl import trainer
 from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
-from fastcl.trainer.checkpoint import _leaves, load_checkpoint, save_checkpoint
+from fastcl.trainer.checkpoint import FORMAT, _leaves, load_checkpoint, save_checkpoint
 from fastcl.trainer.data import load_data
 from fastcl.trainer.guard import Guard
 from fastcl.trainer.signals import requests
@@ -392,14 +392,14 @@ def test_every_flipped_bit_and_every_cut_is_refused_or_harmless(tmp_path: Path) 
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, state(1))
     whole, draw = path.read_bytes(), random.Random(SEED)
-    assert same_state(load_checkpoint(path), {"format": 2, **state(1)})
+    assert same_state(load_checkpoint(path), {"format": FORMAT, **state(1)})
     refused = 0
     for at in [draw.randrange(8 * len(whole)) for _ in range(300)]:
         flipped = bytearray(whole)
         flipped[at // 8] ^= 1 << at % 8
         path.write_bytes(flipped)
         try:
-            assert same_state(load_checkpoint(path), {"format": 2, **state(1)}), (SEED, at)
+            assert same_state(load_checkpoint(path), {"format": FORMAT, **state(1)}), (SEED, at)
         except TrainError:
             refused += 1
     assert refused > 30, SEED

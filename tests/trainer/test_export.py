@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,25 +19,27 @@ from fastcl._version import __version__
 from fastcl.trainer import TrainConfig, TrainError, export
 from fastcl.trainer.checkpoint import save_checkpoint
 from fastcl.trainer.errors import MissingPackage
-from fastcl.trainer.export import _departure, detectron2_name, load_weights, read_weights, trained_encoder
+from fastcl.trainer.export import detectron2_name, load_weights, read_weights, resnet_name, trained_encoder
 from fastcl.trainer.methods import METHODS
-from fastcl.trainer.models import build_encoder
+from fastcl.trainer.models import build_encoder, run_encoder
 
 from .test_data import need_torchvision
 
 
-def a_run(folder: Path, encoder: str | None, channels: int) -> Path:
+def a_run(
+    folder: Path, encoder: str | None, channels: int, size: int = 64, given: nn.Module | None = None, **settings: Any
+) -> Path:
     """The checkpoint of a run, with weights and statistics that no other encoder has."""
-    config = TrainConfig(method="byol", encoder=encoder, seed=3)
+    config = TrainConfig(**{"method": "byol", "encoder": "given" if given else encoder, "seed": 3, **settings})
+    shape = [channels, size, size]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network, features = build_encoder(encoder, channels, 32)
-        method = METHODS[config.method](network, features, config).to(memory_format=torch.channels_last)
-        network(torch.rand(4, channels, 64, 64))  # moves the statistics of BatchNorm
+        network, width = run_encoder(config, shape, given)
+        method = METHODS[config.method](network, width, config).to(memory_format=torch.channels_last)
+        network(torch.rand(4, *shape))  # moves the statistics of BatchNorm
     folder.mkdir(exist_ok=True)
-    save_checkpoint(
-        folder / "checkpoint.pt", {"config": dataclasses.asdict(config), "step": 7, "method": method.state_dict()}
-    )
+    state = {"config": dataclasses.asdict(config), "step": 7, "images": shape, "method": method.state_dict()}
+    save_checkpoint(folder / "checkpoint.pt", state)
     return folder
 
 
@@ -46,28 +49,53 @@ def resnet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return a_run(tmp_path_factory.mktemp("resnet"), "resnet18", 3)
 
 
-def features(encoder: nn.Module, channels: int, batch: int = 3) -> torch.Tensor:
-    images = torch.rand(batch, channels, 48, 40, generator=torch.Generator().manual_seed(batch))
+def features(encoder: nn.Module, channels: int, size: int = 48) -> torch.Tensor:
+    images = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(size))
     with torch.no_grad():
         return encoder.eval()(images)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_torchvision_loads_a_file_and_has_the_same_features(suffix: str, resnet_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "suffix", "classifier", "size"),
+    [
+        ("resnet18", ".pt", "fc", 64),
+        ("resnet18", ".safetensors", "fc", 64),
+        ("mobilenet_v3_small", ".pt", "classifier.3", 64),
+        ("torchvision:vit_b_32", ".safetensors", "heads.head", 32),  # of one patch, to be quick
+    ],
+)
+def test_torchvision_loads_a_file_and_has_the_same_features(
+    name: str, suffix: str, classifier: str, size: int, tmp_path: Path
+) -> None:
     need_torchvision()
-    from torchvision.models import resnet18
+    from torchvision.models import get_model
 
-    file = tmp_path / f"encoder{suffix}"
-    export(resnet_run, file)
+    run, file = a_run(tmp_path / "run", name, 3, size, method="simclr"), tmp_path / f"encoder{suffix}"
+    about = export(run, file)
     if suffix == ".pt":
         weights = torch.load(file, weights_only=True)
     else:
         weights = pytest.importorskip("safetensors.torch").load_file(file)
-    model = resnet18(weights=None)
+    options = {"image_size": size} if "vit" in name else {}
+    model = get_model(name.removeprefix("torchvision:"), weights=None, **options)
     missed = model.load_state_dict(weights, strict=False)
-    assert (missed.missing_keys, missed.unexpected_keys) == (["fc.weight", "fc.bias"], [])
-    model.fc = nn.Identity()
-    assert torch.equal(features(model, 3), features(trained_encoder(resnet_run)[0], 3))
+    keys = [f"{classifier}.weight", f"{classifier}.bias"]
+    assert (missed.missing_keys, missed.unexpected_keys) == (keys, [])
+    assert (about["encoder"], about["size"]) == (name, f"{size} x {size}")
+    called = name.removeprefix("torchvision:") + ("(image_size=32)" if options else "")
+    assert about["torchvision"] == f"{called} without {' and '.join(keys)}"
+    model.set_submodule(classifier, nn.Identity())
+    assert torch.equal(features(model, 3, size), features(trained_encoder(run)[0], 3, size))
+
+
+@pytest.mark.parametrize(("name", "channels"), [("vit_tiny_patch16_224", 3), ("resnet18", 1)])
+def test_timm_loads_a_file_of_its_network_and_has_the_same_features(name: str, channels: int, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    run = a_run(tmp_path / "run", f"timm:{name}", channels, 32)
+    about = export(run, tmp_path / "encoder.pt")
+    model = eval(f"timm.{about['timm']}", {"timm": timm})  # what the metadata say to call
+    model.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+    assert torch.equal(features(model, channels, 32), features(trained_encoder(run)[0], channels, 32))
 
 
 def test_timm_loads_a_file_and_has_the_same_features(resnet_run: Path, tmp_path: Path) -> None:
@@ -109,6 +137,8 @@ def test_a_stem_that_torchvision_has_not_is_named(tmp_path: Path) -> None:
     need_torchvision()
     about = export(a_run(tmp_path / "grey", "resnet18", 1), tmp_path / "grey.pt")
     assert "conv1.weight is (64, 1, 7, 7) in place of (64, 3, 7, 7)" in about["torchvision"]
+    about = export(a_run(tmp_path / "small", "resnet18", 1, stem="cifar"), tmp_path / "small.pt")
+    assert "(64, 1, 3, 3) in place of (64, 3, 7, 7)" in about["torchvision"] and "maxpool by" in about["torchvision"]
     with pytest.raises(TrainError, match=r"conv1\.weight \(64, 1, 7, 7\) in place of \(64, 3, 7, 7\)\); .* channels"):
         load_weights(build_encoder("resnet18", 3, 64)[0], read_weights(tmp_path / "grey.pt"), "grey.pt")
 
@@ -135,6 +165,47 @@ def test_onnx_has_the_same_features_for_any_batch_and_size(encoder: str, channel
         assert (torch.from_numpy(found) - expected).abs().max() < 3e-6 * expected.abs().max()
 
 
+class Growing(nn.Module):
+    """Decides by the size of its images, as networks with windows do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.conv(images).mean((2, 3))
+        return 2 * features if images.shape[2] > 100 else features
+
+
+@pytest.mark.parametrize("encoder", ["vit", "given", "conv"])
+def test_onnx_has_the_size_free_only_where_the_network_is_the_same_for_another(encoder: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    if encoder == "vit":
+        pytest.importorskip("timm")
+        export(a_run(tmp_path / "run", "timm:vit_tiny_patch16_224", 1, 32), tmp_path / "encoder.onnx")
+    elif encoder == "conv":
+        export(a_run(tmp_path / "run", "conv", 1, 32), tmp_path / "encoder.onnx")
+    else:
+        export(a_run(tmp_path / "run", None, 1, 32, Growing()), tmp_path / "encoder.onnx", encoder=Growing())
+    (images,) = onnx.load(tmp_path / "encoder.onnx").graph.input
+    sides = [side.dim_param or side.dim_value for side in images.type.tensor_type.shape.dim]
+    assert sides == (["batch", 1, "height", "width"] if encoder == "conv" else ["batch", 1, 32, 32])
+
+
+def test_what_onnx_cannot_express_is_a_sentence(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+
+    class Listing(Growing):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([image.sum().item() for image in images])[:, None]
+
+    run = a_run(tmp_path / "run", None, 1, 8, Listing())
+    with pytest.raises(TrainError, match=r"encoder given cannot be written as \.onnx .* Choose \.pt"):
+        export(run, tmp_path / "encoder.onnx", encoder=Listing())
+
+
 @pytest.mark.parametrize(
     ("torchvision", "detectron2"),
     [
@@ -158,6 +229,17 @@ def test_a_file_for_detectron2_holds_every_weight(resnet_run: Path, tmp_path: Pa
     assert len(content["model"]) == len(weights) == 100
     for name, value in weights.items():
         assert torch.equal(torch.from_numpy(content["model"][detectron2_name(name)]), value), name
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v3_small"])
+def test_which_networks_are_resnets(name: str) -> None:
+    need_torchvision()
+    weights = build_encoder(name, 3, 32)[0].state_dict()
+    if name == "resnet34":
+        assert resnet_name(weights, name) == name
+    else:
+        with pytest.raises(TrainError, match=rf"got {name}, whose tensors are no ResNet's"):
+            resnet_name(weights, name)
 
 
 def test_detectron2_takes_only_a_resnet(short_run: tuple[Path, object], tmp_path: Path) -> None:
@@ -217,9 +299,3 @@ def test_the_command_writes_the_file_and_says_what_it_is(
     assert torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
     assert cli.main(["export", str(short_run[0]), "--to", str(tmp_path / "none" / "encoder.pt")]) == 2
     assert "Create" in capsys.readouterr().err
-
-
-def test_what_differs_from_torchvision_is_told() -> None:
-    assert "conv1" not in _departure("resnet18", torch.empty(64, 3, 7, 7))
-    assert "replace conv1 first, and maxpool" in _departure("resnet18", torch.empty(64, 3, 3, 3))
-    assert _departure("conv", torch.empty(32, 1, 3, 3)) == "no such model"

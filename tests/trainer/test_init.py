@@ -105,6 +105,14 @@ def test_without_a_network_the_way_round_is_named(tmp_path: Path, monkeypatch: p
         start_from(build_encoder("resnet18", 3, 64)[0], "torchvision:resnet18")
 
 
-def test_another_name_of_torchvision_is_refused() -> None:
-    with pytest.raises(TrainError, match=r"got --init torchvision:vgg11; expected one of resnet18, resnet50"):
-        start_from(torch.nn.Identity(), "torchvision:vgg11")
+@pytest.mark.parametrize(
+    ("init", "sentence"),
+    [
+        ("torchvision:resnet19", "torchvision.* Near it: resnet1"),
+        ("timm:resnet19", r"network of timm\. Near it: timm:"),
+    ],
+)
+def test_a_name_that_a_library_has_not_is_refused(init: str, sentence: str) -> None:
+    pytest.importorskip(init.partition(":")[0])
+    with pytest.raises(TrainError, match=f"got encoder '{init}'; expected .*{sentence}"):
+        start_from(torch.nn.Identity(), init)

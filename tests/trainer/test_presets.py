@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastcl import trainer
 from fastcl.trainer import PRESETS, TrainConfig, TrainError, load_config, preset
+from fastcl.trainer.methods import MoCoV3
+from fastcl.trainer.models import run_encoder
 from fastcl.trainer.optimization import learning_rate
 
 from .conftest import SHORT
@@ -30,7 +33,7 @@ def test_a_preset_is_a_config_that_can_start_and_names_its_source(name: str) -> 
 def test_every_preset_that_was_promised_is_there() -> None:
     assert list(PRESETS) == [
         "digits", "fashion-mnist", "simclr-cifar10", "moco-cifar10", "byol-cifar10",
-        "simclr-r50", "moco-v1-r50", "moco-v2-r50", "moco-v3-r50",
+        "simclr-r50", "moco-v1-r50", "moco-v2-r50", "moco-v3-r50", "moco-v3-vit-s", "moco-v3-vit-b",
     ]  # fmt: skip
 
 
@@ -44,12 +47,31 @@ def test_every_preset_that_was_promised_is_there() -> None:
         ("moco-v1-r50", 1_000_800, 0, 0.03),
         ("moco-v2-r50", 1_000_800, 0, 0.03),
         ("moco-v3-r50", 93_600, 3_120, 4.8),
+        ("moco-v3-vit-s", 93_600, 12_480, 2.4e-3),
+        ("moco-v3-vit-b", 93_600, 12_480, 2.4e-3),
     ],
 )
 def test_epochs_and_rates_are_those_of_the_sources(name: str, steps: int, warmup: int, peak: float) -> None:
     config = preset(name)
     assert (config.steps, config.warmup_steps) == (steps, warmup)
     assert max(learning_rate(config, step) for step in (1, max(warmup, 1), steps)) == pytest.approx(peak, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "library"), [("moco-v3-vit-s", "timm"), ("moco-v3-vit-b", "torchvision")])
+def test_a_vit_of_moco_v3_freezes_its_patches_and_has_the_heads_of_the_code(name: str, library: str) -> None:
+    pytest.importorskip(library)
+    config = preset(name, hidden=32, dim=8)
+    encoder, features = run_encoder(config, (3, 32, 32), None)  # 16 times fewer patches than ImageNet's, to be quick
+    assert features == {"moco-v3-vit-s": 384, "moco-v3-vit-b": 768}[name]
+    still = [key for key, value in encoder.named_parameters() if not value.requires_grad]
+    patches = {"timm": "patch_embed.proj", "torchvision": "conv_proj"}[library]
+    assert still == [f"{patches}.weight", f"{patches}.bias"]
+    method = MoCoV3(torch.nn.Identity(), features, config)
+    for head, layers in ((method.head, 3), (method.target_head, 3), (method.predictor, 2)):
+        kinds = [type(layer).__name__ for layer in head]
+        assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * (layers - 1) + ["Linear", "BatchNorm1d"]
+        assert [layer.out_features for layer in head if isinstance(layer, torch.nn.Linear)] == [32] * (layers - 1) + [8]
+        assert not head[-1].affine
 
 
 def test_moco_v1_drops_its_rate_after_120_and_160_epochs() -> None:
