@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the parsed arguments say and print the result. Exit code 0, or 130 when interrupted.
+    """Train as the parsed arguments say and print the result. Exit code 0; 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         TrainError: the run cannot start or go on; see :func:`train`.
@@ -113,9 +114,10 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.resume or str(config.resolved().output))
     try:
         result = resume(folder) if args.resume else train(config)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue with: fastcl train --resume {folder}", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as end:
+        if launched().first:
+            print(f"\nInterrupted. Continue with: fastcl train --resume {folder}", file=sys.stderr)
+        return 128 + (signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM)
     if not launched().first:
         return 0
     text = json.dumps(result, indent=2)

@@ -38,19 +38,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save(state, file), keep=_previous(path))
     except (OSError, RuntimeError) as error:  # torch wraps what its file raises
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        first_line = str(reason).partition("\n")[0]
-        raise TrainError(
-            f"{path} cannot be written ({first_line}); expected room for it. The last checkpoint is whole: make room, "
-            f"then go on with: fastcl train --resume {path.parent}"
-        ) from error
+        raise no_room(path, error) from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def no_room(path: Path, error: Exception) -> TrainError:
+    """What to raise where a file of a run, without which it cannot go on, cannot be written."""
+    reason = error.__context__ if isinstance(error.__context__, OSError) else error
+    first_line = str(reason).partition("\n")[0]
+    return TrainError(
+        f"{path} cannot be written ({first_line}); expected room for it. The last checkpoint is whole: make room, then "
+        f"go on with: fastcl train --resume {path.parent}"
+    )
+
+
+def load_checkpoint(path: Path, *, repair: bool = True) -> dict[str, Any]:
     """What :func:`save_checkpoint` wrote last, on the CPU.
 
     Where that is damaged it is the one before: the damaged file is then renamed, so that it does not become the
-    previous one of the next, and a line on stderr says so.
+    previous one of the next, and a line on stderr says so. Of several processes that read it one may ``repair`` so,
+    while the others read; whatever it has done by then, they find the same one.
 
     Raises:
         TrainError: there is none, all are damaged, or another fastcl wrote them.
@@ -67,6 +73,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             state = _read(previous)
         except TrainError:
             raise error from None
+        if not repair:
+            return state
         aside = path.with_name("damaged-" + path.name)
         os.replace(path, aside)
         print(f"warning: {error} It is now {aside.name}; {previous.name} is used in its place.", file=sys.stderr)

@@ -59,7 +59,7 @@ class TrainConfig:
     max_corrupt: float = _option(
         0.05,
         "share of the images read so far that may be broken, 0 to 1; another of the class stands in for one, and "
-        "skipped.json lists them",
+        "skipped_images.json lists them",
     )
     local_crops: int = _option(
         0, f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}"

@@ -17,6 +17,7 @@ from .checkpoint import load_checkpoint, restore, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
+from .machine import torch_threads, usable_device
 from .models import calibrated, encode
 from .probe import Features, Prober, few_label_probe, knn, linear_probe
 from .report import ROWS
@@ -65,9 +66,9 @@ def evaluate(
     folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
-    with loop._threads(config.threads):
+    with torch_threads(config.threads):
         images = load_data(config, data)
-        accuracy = _accuracies(config, images, state, probes, epochs, loop._device(device or config.device), encoder)
+        accuracy = _accuracies(config, images, state, probes, epochs, usable_device(device or config.device), encoder)
     result: dict[str, Any] = {
         "method": config.method,
         "dataset": config.data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ def add_gradients(
     precision: str,
     scaler: torch.amp.GradScaler,
     share: float,
-) -> tuple[float, float]:
+    admits: Callable[[Sequence[Tensor], Sequence[Tensor]], bool],
+) -> tuple[Tensor | None, float]:
     """Add the gradients of one batch to those of the parameters.
 
     The backward pass is cut at the embeddings: first from the loss to them, timed, then from them to the weights, of
@@ -39,13 +41,17 @@ def add_gradients(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         scaler: multiplies what is differentiated; it does nothing unless the precision is fp16.
         share: what the gradients are multiplied with: the batch's part of the step.
+        admits: is given the views and the embeddings; where it says no, there are no gradients.
 
     Returns:
-        The loss, and the seconds that the loss itself took, forward and backward.
+        The loss ``()``, None where the batch is not admitted; the seconds that the loss itself took, forward and
+        backward.
     """
     device = labels.device
     with torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES):
         embeddings = cached_embeddings(network, [views], chunk_size=chunk)[0] if chunk else network(*views)
+    if not admits(views, embeddings):
+        return None, 0.0
     leaves = [e.detach().requires_grad_(e.requires_grad) for e in embeddings]
     began = now(device)
     loss = method.objective(labels, *leaves)
@@ -53,7 +59,7 @@ def add_gradients(
     spent = now(device) - began
     cut = [(e, leaf.grad) for e, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
     torch.autograd.backward([e for e, _ in cut], [grad for _, grad in cut])
-    return loss.item(), spent
+    return loss.detach(), spent
 
 
 def now(device: torch.device) -> float:

@@ -7,21 +7,22 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, restore, save_checkpoint, write_json
+from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
-from .errors import TrainError, need
+from .errors import need
 from .export import start_from
 from .gradients import add_gradients, now
+from .guard import Guard
+from .machine import torch_threads, usable_device
 from .method import Method, check_labels
 from .methods import METHODS
 from .models import run_encoder
@@ -29,8 +30,9 @@ from .optimization import build_optimizer, learning_rate, slow_momentum
 from .outcome import finish
 from .probe import Prober
 from .progress import Progress
-from .ranks import Ranks, joined
-from .run_folder import COLUMNS, claim, metrics_log
+from .ranks import Ranks, joined, launched
+from .run_folder import COLUMNS, Records, claim, in_a_row
+from .signals import leave, requests
 from .text import captions, tokens
 
 
@@ -46,8 +48,9 @@ def train(config: TrainConfig, *, data: Data | None = None, encoder: nn.Module |
         What ``result.json`` holds.
 
     Raises:
-        TrainError: the config, the data or an optional package is not usable, the folder already holds a run, or the
-            loss stopped being a number.
+        TrainError: the config, the data or an optional package is not usable, the folder already holds a run, too many
+            batches in a row were not finite, or a checkpoint cannot be written.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the step is finished and saved.
     """
     config = config.resolved()
     with joined(config) as ranks:
@@ -64,16 +67,19 @@ def resume(folder: Path | str, *, data: Data | None = None, encoder: nn.Module |
         encoder: as :func:`train` had it: the baseline is computed from its weights, training goes on from the saved.
 
     Raises:
-        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, or the data are
-            other ones.
+        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, the data are other
+            ones, or :func:`train` would raise it.
+        KeyboardInterrupt, SystemExit: as :func:`train`.
     """
     folder = Path(folder)
     if (folder / "result.json").exists():
         finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return finished
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / "checkpoint.pt", repair=launched().first)
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
+        if ranks.told(state["step"]) != state["step"]:  # a file that one rank could read and another could not
+            state = load_checkpoint(folder / "checkpoint.pt", repair=False)
         return _run(config, folder, state, ranks, data, encoder)
 
 
@@ -87,14 +93,13 @@ def _run(
 ) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
-    events = need("torch.utils.tensorboard", "the event log")
-    device = _device(config.device)
+    device = usable_device(config.device)
     data = load_data(config, given)
     if state is not None:
         data.load_state_dict(state["data"])
     check_labels(config, data)
     prober = Prober(data, _generator("probe"))
-    with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch_threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
         method = _build(config, data, config.init if state is None else None, encoder).to(device)
         optimizer = build_optimizer(config, method)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -103,8 +108,7 @@ def _run(
         if config.compile:
             method.compile()  # what the loop calls; the probes call the encoder alone, as it is
         if state is None and ranks.first:
-            claim(folder, overwrite=config.overwrite)
-            write_json(folder / "config.json", dataclasses.asdict(config))
+            claim(folder, config)
         if state is not None:
             restore(method, state["method"], folder / "checkpoint.pt")
             optimizer.load_state_dict(state["optimizer"])
@@ -116,11 +120,17 @@ def _run(
         parallel = ranks.parallel(method, config)
 
         with ExitStack() as stack:
+            request = stack.enter_context(requests(insist=ranks.count == 1))
+            guard = Guard(method, ranks, request, in_a_row(history))
             if ranks.first:
-                stack.callback(data.decoder.list_broken, folder / "skipped.json")  # however this ends
-                log = stack.enter_context(metrics_log(folder / "metrics.csv", history))
-                board = stack.enter_context(events.SummaryWriter(str(folder), purge_step=start + 1))
                 progress = stack.enter_context(Progress(config.steps, start, device))
+                images = lambda step: _images(config, data, step)[1].tolist()  # noqa: E731
+                records = stack.enter_context(Records(folder, history, images, data.decoder, progress.say))
+            how = config.chunk, config.accumulate, config.precision, scaler, parallel, guard
+            if ranks.count > 1:
+                guard.rehearsal = True
+                views, labels = _batch(config, data, start + 1, device, ranks.rows(config))
+                _step(method, optimizer, views, labels, device, *how)
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
                 rate = learning_rate(config, step)
@@ -130,39 +140,26 @@ def _run(
                 method.seed = _generator(config.seed, "method", step).initial_seed()
                 torch.manual_seed(_generator(config.seed, "network", step, ranks.rank).initial_seed())  # dropout
                 views, labels = _batch(config, data, step, device, ranks.rows(config))
-                loss, spent = _step(
-                    method, optimizer, views, labels, device, config.chunk, config.accumulate, config.precision, scaler,
-                    parallel,
-                )  # fmt: skip
-                loss = ranks.mean(loss, device)
+                loss, spent = _step(method, optimizer, views, labels, device, *how)
                 loss_seconds += spent
                 seconds += now(device) - began
-                if not math.isfinite(loss):
-                    raise TrainError(
-                        f"the loss became {loss} at step {step}; expected a number. Lower --learning-rate or raise "
-                        f"--temperature. The last checkpoint is in {folder}."
-                    )
-                saving = step % config.checkpoint_every == 0 or step == config.steps
+                if ranks.first:
+                    row = dict.fromkeys(COLUMNS) | {"step": step, "learning_rate": rate}
+                    row |= {"skipped": guard.bad} if guard.bad else {"loss": loss}
+                    if step % config.probe_every == 0 or step == config.steps:
+                        row |= prober.monitor(prober.features(method.encoder, device))
+                        head = method.get_submodule("head")
+                        seen = monitors(method.encoder, head, data, prober.train_at, device)
+                        progress.probed(step, seen["effective_rank"])
+                        row |= seen
+                    images_per_second = config.batch_size * step / seconds
+                    records.add(row, images_per_second)
+                    progress.update(step, loss, images_per_second, loss_seconds / seconds)
+                guard.lose_patience(step, config.steps, folder)
+                saving = step % config.checkpoint_every == 0 or step == config.steps or bool(guard.stop)
                 if saving:
                     ranks.unite(data.decoder.state, device)
-                if not ranks.first:
-                    continue
-                row = dict.fromkeys(COLUMNS) | {"step": step, "loss": loss, "learning_rate": rate}
-                if step % config.probe_every == 0 or step == config.steps:
-                    row |= prober.monitor(prober.features(method.encoder, device))
-                    head = method.get_submodule("head")
-                    seen = monitors(method.encoder, head, data, prober.train_at, device)
-                    progress.probed(step, seen["effective_rank"])
-                    row |= seen
-                history.append(row)
-                log(row)
-                for name in COLUMNS[1:]:
-                    if row[name] is not None:
-                        board.add_scalar(name, row[name], step)
-                images_per_second = config.batch_size * step / seconds
-                board.add_scalar("images_per_second", images_per_second, step)
-                progress.update(step, loss, images_per_second, loss_seconds / seconds)
-                if saving:
+                if saving and ranks.first:
                     save_checkpoint(
                         folder / "checkpoint.pt",
                         {
@@ -178,7 +175,10 @@ def _run(
                             "data": data.state_dict(),
                         },
                     )
-                    data.decoder.list_broken(folder / "skipped.json")
+                    records.list_broken()
+                if guard.stop:
+                    ranks.told(None)  # a launcher ends the others when the first one leaves: not before it has saved
+                    leave(guard.stop)
         result = None
         if ranks.first:
             untrained = _build(config, data, None, encoder).to(device).encoder
@@ -199,23 +199,35 @@ def _step(
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
     parallel: nn.Module | None = None,
+    guard: Guard | None = None,
 ) -> tuple[float, float]:
-    """One optimizer step: the mean loss of its micro-batches, and the seconds that the loss itself took.
+    """One optimizer step: the mean loss of its micro-batches over all ranks, and the seconds that the loss itself took.
 
-    ``parallel`` is called in place of the method, where there are other ranks.
+    ``parallel`` is called in place of the method, where there are other ranks. Where the guard refuses the batch, its
+    loss is NaN and nothing has changed.
     """
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    guard = guard or Guard(method)
     optimizer.zero_grad()
+    guard.begin()
     method.begin_step()
     size = len(labels) // accumulate
     parts = zip(*(whole.split(size) for whole in (*views, labels)), strict=True)
-    done = []
+    losses, spent = [], 0.0
     for *part, of_part in parts:
-        given = method, parallel or method, tuple(part), of_part
-        done.append(add_gradients(*given, chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate))
-    scaler.step(optimizer)
-    scaler.update()
-    return sum(loss for loss, _ in done) / accumulate, sum(seconds for _, seconds in done)
+        loss, seconds = add_gradients(
+            method, parallel or method, tuple(part), of_part,
+            chunk=chunk, precision=precision, scaler=scaler, share=1 / accumulate, admits=guard.admits,
+        )  # fmt: skip
+        if loss is None:
+            break
+        losses.append(loss)
+        spent += seconds
+    mean = guard.settle(losses, scaled=scaler.is_enabled())
+    if math.isfinite(mean):
+        scaler.step(optimizer)
+        scaler.update()
+    return mean, spent
 
 
 def _batch(
@@ -226,8 +238,8 @@ def _batch(
     For clip one view, and the tokens ``(B, L)`` of a caption. Of the whole batch, or of some rows of it.
     """
     rows = torch.arange(config.batch_size) if rows is None else rows
-    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
-    at = _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][rows]
+    epoch, at = _images(config, data, step)
+    at = at[rows]
     images = data.train.read(at).to(device, memory_format=torch.channels_last)
     captioned = config.method == "clip"
     views = data.augmentation.views(
@@ -240,6 +252,12 @@ def _batch(
         # the order is random, so a neighbour is a random other image
         views = tuple(view.roll(number, 0) for number, view in enumerate(views))
     return views, data.train.labels[at].to(device)
+
+
+def _images(config: TrainConfig, data: Data, step: int) -> tuple[int, Tensor]:
+    """The epoch of step ``step``, counted from 0, and the images ``(B,)`` of its batch."""
+    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
+    return epoch, _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
 
 
 @functools.lru_cache(maxsize=1)
@@ -269,25 +287,3 @@ def _build(config: TrainConfig, data: Data, init: str | None = None, given: nn.M
 def _shape(data: Data) -> list[int]:
     """C, H and W of the images."""
     return list(data.test.read(torch.tensor([0])).shape[1:])
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainError(
-            f"got device {name!r}, which torch cannot use here ({reason}). Choose --device cpu."
-        ) from error
-    return device

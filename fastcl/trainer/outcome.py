@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ from .._measure import peak_bytes
 from .._version import __version__
 from ..backends import native
 from . import report
-from .checkpoint import write_json
+from .checkpoint import no_room, write_json
 from .collapse import MONITORS
 from .config import TrainConfig
 from .data import Data
 from .method import Method
 from .models import calibrated
 from .probe import Prober
+from .run_folder import spared
 
 _FINAL = 50  # the loss of a run is the mean of its last steps, this many
 _DENSE = 1024  # images; the matrix of a larger batch need not fit where the run did
@@ -48,6 +51,9 @@ def finish(
 
     Returns:
         What ``result.json`` holds.
+
+    Raises:
+        TrainError: it cannot be written. A plot that cannot be is only said.
     """
     views, labels = batch
     device = labels.device
@@ -57,7 +63,7 @@ def finish(
         "trained": prober.features(method.encoder, device),
     }
     probe = {name: prober.all(f) for name, f in features.items()}
-    final = [row["loss"] for row in history[-_FINAL:]]
+    final = [row["loss"] for row in history[-_FINAL:] if row["loss"] is not None]
     labels = labels[:_DENSE]
     result = {
         "method": config.method,
@@ -65,6 +71,7 @@ def finish(
         "seed": config.seed,
         "steps": config.steps,
         "loss": sum(final) / len(final),
+        "skipped_batches": sum(row.get("skipped") is not None for row in history),
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
@@ -77,12 +84,19 @@ def finish(
         "threads": config.threads,
         "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    report.plot_loss(folder / "loss.png", history)
-    report.plot_probe(folder / "probe.png", history, probe)
-    report.plot_embedding(
-        folder / "embedding.png", features["trained"].test, features["trained"].test_labels, data.classes
-    )
-    write_json(folder / "result.json", result)
+    plots: dict[str, Callable[[Path], None]] = {
+        "loss.png": lambda path: report.plot_loss(path, history),
+        "probe.png": lambda path: report.plot_probe(path, history, probe),
+        "embedding.png": lambda path: report.plot_embedding(
+            path, features["trained"].test, features["trained"].test_labels, data.classes
+        ),
+    }
+    for name, plot in plots.items():
+        spared(folder / name, partial(plot, folder / name), partial(print, file=sys.stderr))
+    try:
+        write_json(folder / "result.json", result)
+    except OSError as error:
+        raise no_room(folder / "result.json", error) from error
     return result
 
 

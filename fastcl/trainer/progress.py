@@ -46,11 +46,14 @@ class Progress:
     def probed(self, step: int, effective_rank: float) -> None:
         """The embeddings have this effective rank; a line of warning where they have collapsed."""
         if effective_rank < COLLAPSED:
-            line = (
+            self.say(
                 f"warning: step {step}: the effective rank of the embeddings is {effective_rank:.2f}, below "
                 f"{COLLAPSED:.0f}: they have collapsed. Lower --learning-rate, or check the views of an image."
             )
-            (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
+
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bar where there is one."""
+        (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

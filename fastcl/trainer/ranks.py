@@ -56,13 +56,13 @@ class Ranks:
         # buffers stay: a queue is the same on all ranks, and is large
         return DistributedDataParallel(method, broadcast_buffers=False)
 
-    def mean(self, value: float, device: torch.device) -> float:
-        """Over ranks."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Over ranks, in fp64 where there are others."""
         if self.count == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.double, device=device)
+            return values
+        total = values.double()
         distributed.all_reduce(total)
-        return float(total) / self.count
+        return total
 
     def unite(self, known: Tensor, device: torch.device) -> None:
         """``known`` on every rank becomes the largest of all ranks, element by element."""

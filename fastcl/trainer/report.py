@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +37,9 @@ def table(result: Mapping[str, Any]) -> str:
             f"effective rank {seen['effective_rank']:.1f}",
         ]
     if result.get("skipped_images"):
-        lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped.json"]
+        lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped_images.json"]
+    if result.get("skipped_batches"):
+        lines += ["", f"batches skipped, because they were not finite: {result['skipped_batches']}"]
     peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
     lines += [
         "",
@@ -50,7 +53,8 @@ def table(result: Mapping[str, Any]) -> str:
 def plot_loss(path: Path | IO[bytes], history: Sequence[Mapping[str, Any]]) -> None:
     """Loss against step."""
     figure, axes = _figure()
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=1)
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in history]  # a gap for a skipped batch
+    axes.plot([row["step"] for row in history], losses, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", title="training loss")
     figure.savefig(path, format="png")
 

@@ -1,12 +1,12 @@
-"""Runs of the trainer that end badly: ``python -m tests.trainer.killed FOLDER SEED``, and how each of them ended.
+"""Runs of the trainer that end badly: ``python -m tests.trainer.killed FOLDER SEED KILLS OPTIONS``, and how they ended.
 
 Each is a fork of this process, before torch has started a thread, because importing takes longer than the runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import json
 import os
 import random
 import resource
@@ -21,49 +21,51 @@ import torch
 
 from fastcl.trainer import TrainConfig, TrainError, checkpoint, loop, resume, train
 
-from .conftest import SHORT
-
 FULL = 3  # exit code of a run that said in words that the disk is full
+EVERY = 2  # steps between checkpoints
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_step(count: int) -> None:
-    """In the middle of the run's ``count``-th step: its gradients are there, its weights have not moved."""
-    step, steps = torch.optim.AdamW.step, iter(range(1, 1000))
+def in_step(killed: int) -> None:
+    """In the middle of a step: its gradients are there, its weights have not moved."""
+    step = torch.optim.AdamW.step
 
-    def killed(*args: Any) -> Any:
-        return kill() if next(steps) == count else step(*args)
+    def stepping(*args: Any) -> Any:
+        return kill() if now[0] == killed else step(*args)
 
-    torch.optim.AdamW.step = killed  # type: ignore[method-assign]
+    now = at_steps(lambda number: None)
+    torch.optim.AdamW.step = stepping  # type: ignore[method-assign]
 
 
-def in_write(share: float) -> None:
-    """When this share of a checkpoint is in its file."""
-    save = torch.save
+def in_write(killed: int, share: float) -> None:
+    """When this share of the first checkpoint from a step on is in its file."""
+    save, now = torch.save, at_steps(lambda number: None)
 
-    def killed(state: Any, file: Any) -> None:
+    def saving(state: Any, file: Any) -> None:
+        if now[0] < killed:
+            return save(state, file)
         whole = io.BytesIO()
         save(state, whole)
         file.write(whole.getvalue()[: int(share * len(whole.getvalue()))])
         file.flush()
         kill()
 
-    torch.save = killed
+    torch.save = saving
 
 
-def before_rename() -> None:
-    """When the checkpoint before has been set aside, and the new one has not got its name."""
-    replace = os.replace
+def before_rename(killed: int) -> None:
+    """When the checkpoint before has been set aside, and the first from a step on has not got its name."""
+    replace, now = os.replace, at_steps(lambda number: None)
 
-    def killed(source: Path, target: Path) -> None:
-        if target.name == "checkpoint.pt":
+    def replacing(source: Path, target: Path) -> None:
+        if target.name == "checkpoint.pt" and now[0] >= killed:
             kill()
         replace(source, target)
 
-    checkpoint.os.replace = killed  # type: ignore[attr-defined]
+    checkpoint.os.replace = replacing  # type: ignore[attr-defined]
 
 
 def full_disk() -> None:
@@ -78,20 +80,43 @@ def full_disk() -> None:
     loop.save_checkpoint = limited
 
 
-def main(folder: Path, seed: int) -> None:
-    """A run that is killed and resumed until it is at its end but for a few steps, and one on a full disk."""
+def full_log() -> None:
+    """From step 3 to 6 no file may grow beyond 64 bytes; the next checkpoint, of step 8, has room again."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def limit(step: int) -> None:
+        if step in (3, 7):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 if step == 3 else most, most))
+
+    at_steps(limit)
+
+
+def at_steps(act: Callable[[int], None]) -> list[int]:
+    """Calls ``act`` with the number of every step before it; what is given always holds the number of the last one."""
+    rate, now = loop.learning_rate, [0]
+
+    def asked(config: TrainConfig, step: int) -> float:
+        now[0] = step
+        act(step)
+        return rate(config, step)
+
+    loop.learning_rate = asked
+    return now
+
+
+def main(folder: Path, seed: int, kills: int, options: dict[str, Any]) -> None:
+    """A run that is killed at random steps, and one of each kind that has no room."""
     draw = random.Random(seed)
-    config = TrainConfig(method="moco", queue_size=100, output=str(folder / "killed"), **SHORT)
-    full = dataclasses.replace(config, output=str(folder / "full"))
-    again = partial(resume, folder / "killed")
-    fork(partial(at_step, draw.randint(9, 16)), partial(train, config))  # behind the checkpoint of step 8
-    fork(partial(in_write, draw.random()), again)  # of step 16
-    fork(before_rename, again)
-    fork(partial(at_step, draw.randint(9, 16)), again)  # behind the checkpoint of step 16
-    fork(full_disk, partial(train, full))
+    config = TrainConfig(output=str(folder / "killed"), **options | {"checkpoint_every": EVERY})
+    # the first two steps are before the first checkpoint: without one there is nothing to resume
+    for number, step in enumerate(sorted(draw.randint(EVERY + 1, config.steps) for _ in range(kills))):
+        how = draw.choice([in_step, partial(in_write, share=draw.random()), before_rename])
+        fork(partial(how, step), partial(resume, folder / "killed") if number else partial(train, config))
+    for how in (full_disk, full_log):
+        fork(how, partial(train, TrainConfig(output=str(folder / how.__name__), **options)))
 
 
-def fork(prepare: Callable[[], None], run: Callable[[], object]) -> None:
+def fork(prepare: Callable[[], object], run: Callable[[], object]) -> None:
     child = os.fork()
     if child == 0:
         prepare()
@@ -105,4 +130,4 @@ def fork(prepare: Callable[[], None], run: Callable[[], object]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

@@ -186,9 +186,9 @@ def test_a_run_on_dirty_images_ends_and_lists_them(
     dirty: tuple[Path, list[Path]], whole: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, result = whole
-    assert json.loads((folder / "skipped.json").read_text()) == [str(path) for path in dirty[1]]
+    assert json.loads((folder / "skipped_images.json").read_text()) == [str(path) for path in dirty[1]]
     assert result["skipped_images"] == len(BROKEN) == 10
-    assert "images that cannot be decoded: 10, listed in skipped.json" in table(result)
+    assert "images that cannot be decoded: 10, listed in skipped_images.json" in table(result)
 
 
 def test_threads_that_decode_change_nothing(
@@ -197,7 +197,7 @@ def test_threads_that_decode_change_nothing(
     result = train(config(dirty[0], output=str(tmp_path / "run"), decode_threads=4))
     same_run(tmp_path / "run", whole[0])
     assert (result["probe"], result["skipped_images"]) == (whole[1]["probe"], 10)
-    assert (tmp_path / "run" / "skipped.json").read_bytes() == (whole[0] / "skipped.json").read_bytes()
+    assert (tmp_path / "run" / "skipped_images.json").read_bytes() == (whole[0] / "skipped_images.json").read_bytes()
 
 
 def test_a_resumed_run_on_dirty_images_ends_as_if_it_had_not_stopped(
@@ -209,7 +209,7 @@ def test_a_resumed_run_on_dirty_images_ends_as_if_it_had_not_stopped(
         step = loop._step
 
         def looked(*args: Any) -> tuple[float, float]:
-            listed.append((folder / "skipped.json").exists())
+            listed.append((folder / "skipped_images.json").exists())
             return step(*args)
 
         patch.setattr(loop, "_step", looked)
@@ -222,7 +222,7 @@ def test_a_resumed_run_on_dirty_images_ends_as_if_it_had_not_stopped(
     same_run(folder, whole[0])
     ends = [load_checkpoint(run / "checkpoint.pt")["data"] for run in (folder, whole[0])]
     assert torch.equal(ends[0]["decoded"], ends[1]["decoded"])
-    assert (folder / "skipped.json").read_bytes() == (whole[0] / "skipped.json").read_bytes()
+    assert (folder / "skipped_images.json").read_bytes() == (whole[0] / "skipped_images.json").read_bytes()
     assert result["skipped_images"] == 10
 
 
@@ -258,7 +258,7 @@ def test_half_of_the_images_broken_stops_the_run(tmp_path: Path) -> None:
     broken = make_folder(tmp_path / "data", 200, set(range(0, 200, 4)) | set(range(1, 200, 4)))
     with pytest.raises(MissingData, match=r"1\d of the \d+ images read so far cannot be decoded \(.*\.png, .* more\)"):
         train(config(tmp_path / "data", output=str(tmp_path / "run")))
-    listed = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    listed = json.loads((tmp_path / "run" / "skipped_images.json").read_text())
     assert 10 < len(listed) < 100 and set(listed) <= {str(path) for path in broken}
     assert not (tmp_path / "run" / "result.json").exists()
 

@@ -1,67 +1,358 @@
 """Runs that are killed, poisoned or out of room, and checkpoints that are damaged: what is left is whole."""
 
+import argparse
+import copy
+import csv
+import json
 import math
+import os
 import random
 import shutil
-import sys
+import signal
+import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastcl.trainer import TrainConfig, TrainError, loop, resume, train
+from fastcl import trainer
+from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
 from fastcl.trainer.checkpoint import FORMAT, _leaves, load_checkpoint, save_checkpoint
+from fastcl.trainer.data import load_data
+from fastcl.trainer.guard import Guard
+from fastcl.trainer.signals import requests
 
 from ..processes import together
 from .conftest import SHORT
-from .test_run import same_run
+from .test_data import make_folder, need_torchvision
+from .test_run import interrupt, same_run, same_state_of_runs
 
+CPU = torch.device("cpu")
 SEED = random.randrange(2**31)  # another one every time; pytest shows it where a test fails
 
 
-@pytest.mark.skipif(not hasattr(sys, "abiflags"), reason="there is no fork, and no such signal, on Windows")
-def test_a_run_that_is_killed_four_times_ends_as_if_it_had_not_been(
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork, and no such signal, on Windows")
+MOCO = {"method": "moco", "queue_size": 100}
+
+
+def killed(folder: Path, kills: int, options: dict[str, Any]) -> list[str]:
+    """What ``killed.py`` printed; all of its runs ended as they should."""
+    words = [str(folder), str(SEED), str(kills), json.dumps(options)]
+    ((code, printed),) = together([["-m", "tests.trainer.killed", *words]], 200)
+    lines = printed.splitlines()
+    assert code == 0, (SEED, printed)
+    ends = [line for line in lines if line.startswith("ended")]
+    assert ends == ["ended -9"] * kills + ["ended 3", "ended 0"], (SEED, printed)
+    return lines
+
+
+@FORKS
+def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(
     short_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    ((code, printed),) = together([["-m", "tests.trainer.killed", str(tmp_path), str(SEED)]], 100)
-    assert code == 0, (SEED, printed)
-    ends = [line for line in printed.splitlines() if line.startswith("ended")]
-    assert ends == ["ended -9"] * 4 + ["ended 3"], (SEED, printed)
-    killed, full = tmp_path / "killed", tmp_path / "full"
-    assert load_checkpoint(killed / "checkpoint.pt")["step"] == 16
-    for words in ("cannot be written ([Errno 27] File too large)", f"fastcl train --resume {full}"):
-        assert words in printed, (SEED, printed)
+    lines = killed(tmp_path, 20, MOCO | SHORT)
+    full = tmp_path / "full_disk"
+    (line,) = [line for line in lines if "checkpoint.pt cannot be written" in line]
+    assert "[Errno 27] File too large" in line and f"fastcl train --resume {full}" in line, (SEED, lines)
     assert not list(full.glob("*.tmp"))
     assert load_checkpoint(full / "checkpoint.pt")["step"] == 8
-    for folder in (killed, full):
+    for folder in (tmp_path / "killed", full):
         result = resume(folder)
         same_run(folder, short_run[0])
         assert all(result[key] == short_run[1][key] for key in ("probe", "loss", "embeddings")), SEED
         assert not list(folder.glob("*.tmp"))
+    # a log that had no room from step 3 on: it is said once, and made up for at the end
+    for name in ("metrics.csv", "events.out"):
+        (line,) = [line for line in lines if str(tmp_path / "full_log" / name) in line]
+        assert "cannot be written ([Errno 27] File too large); the run goes on" in line, lines
+    same_run(tmp_path / "full_log", short_run[0])
+    assert json.loads((tmp_path / "full_log" / "result.json").read_text())["loss"] == short_run[1]["loss"]
 
 
-def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
+@FORKS
+def test_a_run_on_files_that_threads_decode_is_killed_as_well(tmp_path: Path) -> None:
+    need_torchvision()
+    make_folder(tmp_path / "images")
+    options = {"data": "imagefolder", "data_dir": str(tmp_path / "images"), "image_size": 8, "batch_size": 8}
+    options |= {"steps": 12, "probe_every": 12, "checkpoint_every": 8, "threads": 1}  # four epochs of three steps
+    killed(tmp_path, 4, options)
+    train(TrainConfig(output=str(tmp_path / "whole"), **options))
+    for name in ("killed", "full_disk"):
+        resume(tmp_path / name)
+        same_run(tmp_path / name, tmp_path / "whole")
+
+
+def test_logs_and_plots_that_cannot_be_written_do_not_stop_a_run(
+    short_run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut_off(short_run[0], tmp_path)
+    (folder / "metrics.csv").unlink()
+    (folder / "metrics.csv").mkdir()
+    (folder / "loss.png").unlink()
+    (folder / "loss.png").symlink_to("/dev/full" if Path("/dev/full").exists() else tmp_path)
+    result = resume(folder)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [str(folder / name) in line for name, line in zip(("metrics.csv", "loss.png"), warnings, strict=True)]
+    assert all("cannot be written ([Errno " in line for line in warnings)
+    assert result["loss"] == short_run[1]["loss"]
+    (folder / "metrics.csv").rmdir()
+    same_state_of_runs(folder, short_run[0])
+    (folder / "result.json").unlink()
+    resume(folder)  # of a run that has all of its steps: what was missing is made up for
+    same_run(folder, short_run[0])
+
+
+def test_a_result_that_cannot_be_written_is_a_sentence(short_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder = cut_off(short_run[0], tmp_path)
+    (folder / "result.json.tmp").mkdir()
+    with pytest.raises(TrainError, match=rf"result\.json cannot be written .* fastcl train --resume {folder}"):
+        resume(folder)
+
+
+def cut_off(run: Path, tmp_path: Path) -> Path:
+    """A copy of a run of which the last checkpoint and the result are lost."""
+    folder = Path(shutil.copytree(run, tmp_path / "copy"))
+    (folder / "result.json").unlink()
+    (folder / "checkpoint.pt").unlink()
+    return folder
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -> list[int]:
+    """Something of these steps is not finite; with micro-batches, only of the second.
+
+    Returns:
+        The step of every loss that will be computed.
+    """
+
+    def views(batch: Any) -> Any:
+        def poisoned(config: Any, data: Any, step: int, *rest: Any) -> Any:
+            views, labels = batch(config, data, step, *rest)
+            now[0] = step
+            if what == "views" and step in steps:
+                views[0][-3] = math.nan
+            return views, labels
+
+        return poisoned
+
+    def part(add_gradients: Any) -> Any:
+        """Where there is one batch it is the first, of micro-batches the second."""
+
+        def poisoned(method: Any, network: Any, *args: Any, **options: Any) -> Any:
+            calls.append(now[0])
+            poisonous = now[0] in steps and calls.count(now[0]) * options["share"] == 1
+
+            def objective(labels: Any, *embeddings: Any) -> Any:
+                losses.append(now[0])
+                loss = type(method).objective(method, labels, *embeddings)
+                if what == "gradients" and poisonous:
+                    embeddings[0].register_hook(lambda grad: grad * math.nan)
+                return loss * math.inf if what == "loss" and poisonous else loss
+
+            def broken(*views: Any) -> Any:
+                first, *others = network(*views)
+                return first * math.inf, *others
+
+            method.objective = objective
+            return add_gradients(method, broken if what == "embeddings" and poisonous else network, *args, **options)
+
+        return poisoned
+
+    now, calls, losses = [0], list[int](), list[int]()
+    monkeypatch.setattr(loop, "_batch", views(loop._batch))
+    monkeypatch.setattr(loop, "add_gradients", part(loop.add_gradients))
+    return losses
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"chunk": 32}], ids=["whole", "accumulate", "chunk"])
+@pytest.mark.parametrize("what", ["views", "embeddings", "loss", "gradients"])
+@pytest.mark.filterwarnings("ignore:got an encoder with BatchNorm")
+def test_a_batch_that_is_not_finite_changes_nothing(
+    what: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MoCo has slow networks, a queue, and BatchNorm in both encoders."""
+    config = TrainConfig(**MOCO, output=str(tmp_path), **SHORT, **options).resolved()
+    data = load_data(config)
+    method = loop._build(config, data)
+    optimizer = loop.build_optimizer(config, method)
+    guard = Guard(method)
+
+    def step(number: int) -> float:
+        views, labels = loop._batch(config, data, number, CPU)
+        given = config.chunk, config.accumulate, config.precision, None, None, guard
+        return loop._step(method, optimizer, views, labels, CPU, *given)[0]
+
+    losses = poison(monkeypatch, what, [2])
+    assert math.isfinite(step(1))
+    before, optimized = copy.deepcopy(method.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    assert math.isnan(step(2)) and guard.bad == what
+    assert losses.count(2) == config.accumulate - (what in ("views", "embeddings"))  # no loss has seen them
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for at, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], optimized[at][name]) for name in state)
+    assert math.isfinite(step(3)) and not guard.bad
+    after = method.state_dict()
+    unmoved = [name for name in after if torch.equal(after[name], before[name])]
+    assert not unmoved
+
+
+def test_a_run_skips_what_is_not_finite_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four batches in a row are skipped, and the run is cut off among them: with the fifth, they are not five."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    bad = (6, 7, 8, 9, 11)
+    settings = {**MOCO, **SHORT, "steps": 14, "probe_every": 14, "checkpoint_every": 7}
+    poison(monkeypatch, "views", bad)
+    result = train(TrainConfig(output=str(whole), **settings))
+    assert result["skipped_batches"] == 5 and "batches skipped, because they were not finite: 5" in table(result)
+    said = capsys.readouterr().err
+    assert [f"warning: step {step}: the views are not finite" in said for step in range(1, 15)] == [
+        step in bad for step in range(1, 15)
+    ]
+    rows = list(csv.DictReader((whole / "metrics.csv").open(newline="")))
+    assert [(int(row["step"]), row["loss"]) for row in rows if row["skipped"]] == [(step, "") for step in bad]
+    losses = [float(row["loss"]) for row in rows if not row["skipped"]]
+    assert len(losses) == 9 and result["loss"] == pytest.approx(sum(losses) / 9)
+    listed = [json.loads(line) for line in (whole / "skipped_batches.jsonl").open()]
+    assert [(row["step"], row["not_finite"]) for row in listed] == [(step, "views") for step in bad]
+    config = TrainConfig(output=str(whole), **settings).resolved()
+    data = load_data(config)
+    for row in listed:
+        _, labels = loop._batch(config, data, row["step"], CPU)
+        assert torch.equal(labels, data.train.labels[row["images"]])
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=9)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(output=str(cut), **settings))
+    assert load_checkpoint(cut / "checkpoint.pt")["step"] == 7
+    resume(cut)
+    same_run(cut, whole)
+    assert (cut / "skipped_batches.jsonl").read_bytes() == (whole / "skipped_batches.jsonl").read_bytes()
+
+
+def test_five_batches_in_a_row_stop_a_run_wherever_it_was_cut_off(
     short_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One batch is NaN in step 13; without it the run goes on from step 8 as if nothing had been."""
-    batch = loop._batch
-
-    def poisoned(config: Any, data: Any, step: int, *rest: Any) -> Any:
-        views, labels = batch(config, data, step, *rest)
-        if step == 13:
-            views[0][3] = math.nan
-        return views, labels
-
+    """Steps 14 to 18 are; the checkpoint of step 16 knows of three. What mends the batches mends the run."""
     folder = tmp_path / "run"
-    config = TrainConfig(method="moco", queue_size=100, output=str(folder), **SHORT)
+    stopped = (
+        rf"got 5 batches in a row that are not finite, the last in step 18 \(its views\).*--learning-rate.*{folder}"
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_batch", poisoned)
-        with pytest.raises(TrainError, match=rf"loss became nan at step 13; .* --learning-rate .* is in {folder}"):
-            train(config)
-    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 8
+        poison(patch, "views", range(14, 30))
+        for run in (lambda: train(TrainConfig(output=str(folder), **MOCO, **SHORT)), lambda: resume(folder)):
+            with pytest.raises(TrainError, match=stopped):
+                run()
+            assert load_checkpoint(folder / "checkpoint.pt")["step"] == 16
+            steps = [json.loads(line)["step"] for line in (folder / "skipped_batches.jsonl").open()]
+            assert steps == [14, 15, 16, 17, 18]
+    (folder / "checkpoint.pt").unlink()
+    resume(folder)  # from step 8
+    same_run(folder, short_run[0])
+    assert not (folder / "skipped_batches.jsonl").exists()
+
+
+def test_a_run_without_any_finite_batch_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, "loss", range(9))
+    with pytest.raises(TrainError, match=r"got 2 batches in a row .* step 2 \(its loss\)"):
+        train(TrainConfig(output=str(tmp_path / "run"), **SHORT | {"steps": 2}))
+
+
+def test_an_overflow_of_fp16_is_left_to_the_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, "gradients", [2])
+    settings = SHORT | {"steps": 3, "precision": "fp16", "batch_size": 8, "checkpoint_every": 1}
+    result = train(TrainConfig(output=str(tmp_path / "run"), **settings))
+    scales = [load_checkpoint(tmp_path / "run" / f"{name}.pt") for name in ("previous-checkpoint", "checkpoint")]
+    assert result["skipped_batches"] == 0 and scales[1]["scaler"]["scale"] == 2.0**15  # it begins with 2 ** 16
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_after_its_step(
+    number: int,
+    code: int,
+    short_run: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(number))
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+            train(TrainConfig(output=str(folder), **MOCO, **SHORT))
+    assert isinstance(end.value, KeyboardInterrupt) if code == 130 else end.value.code == 143
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 5
+    parser = argparse.ArgumentParser()
+    trainer.add_arguments(parser)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: signal.raise_signal(number))
+        assert trainer.run(parser.parse_args(["--resume", str(folder)])) == code
+    assert f"fastcl train --resume {folder}" in capsys.readouterr().err
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 7
     resume(folder)
     same_run(folder, short_run[0])
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a launcher's: nothing more
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            ended.append("at once")
+
+    at_step(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(output=str(tmp_path / "run"), **SHORT))
+    assert ended and not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_left_alone_outside_the_main_thread_and_where_they_are_ignored() -> None:
+    inside = []
+
+    def other_thread() -> None:
+        with requests(insist=True):
+            inside.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT)))
+
+    before = list(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT)))
+    thread = threading.Thread(target=other_thread)
+    thread.start()
+    thread.join()
+    assert inside == before
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with requests(insist=True) as request:
+            signal.raise_signal(signal.SIGTERM)
+        assert not request.received and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+
+
+def test_a_signal_that_came_too_late_for_a_step_is_handed_on() -> None:
+    with pytest.raises(KeyboardInterrupt), requests(insist=True) as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.received == signal.SIGINT
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Acts at the beginning of a step."""
+    rate = loop.learning_rate
+
+    def asked(config: TrainConfig, step: int) -> float:
+        if step == number:
+            act()
+        return rate(config, step)
+
+    monkeypatch.setattr(loop, "learning_rate", asked)
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fastcl.trainer import TrainConfig, TrainError, train
 from ..processes import together
 from .test_data import need_torchvision
 from .test_decoding import BROKEN, make_folder
+from .test_run import same_run
 
 SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
 RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}
@@ -77,9 +79,30 @@ def test_what_one_rank_finds_broken_all_know(tmp_path: Path) -> None:
         assert code == 0, text[-3000:]
     one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["data"]["decoded"] for run in runs)
     assert torch.equal(one, two) and set(one.tolist()) == {0, 1, 2}
-    listed = [json.loads((run / "skipped.json").read_text()) for run in runs]
+    listed = [json.loads((run / "skipped_images.json").read_text()) for run in runs]
     counted = [json.loads((run / "result.json").read_text())["skipped_images"] for run in runs]
     assert listed[0] == listed[1] and counted == [len(listed[0])] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_four_ranks_leave_together_resume_to_the_bit_and_skip_together(tmp_path: Path) -> None:
+    """SIGTERM to one of them; a newest checkpoint that is damaged, or that one of them cannot read; NaN on one."""
+    options = {"method": "moco", "queue_size": 96, "steps": 8, "batch_size": 48, "checkpoint_every": 3, "threads": 1}
+    words = ["-W", "ignore", "-m", "tests.trainer.preempted", str(tmp_path), json.dumps(options | {"probe_every": 8})]
+    ((code, printed),) = together([words], 200)
+    assert code == 0, printed
+    codes = {"whole": 0, "preempted": 143, "resumed": 0, "repaired": 0, "poisoned": 0}
+    for name, expected in codes.items():
+        assert f"{name} {[expected] * 4}" in printed, printed
+    assert printed.count(f"Continue with: fastcl train --resume {tmp_path / 'cut'}") == 1, printed
+    assert printed.count("It is now damaged-checkpoint.pt; previous-checkpoint.pt is used") == 1, printed
+    assert (tmp_path / "damaged" / "damaged-checkpoint.pt").exists()
+    assert not (tmp_path / "cut" / "damaged-checkpoint.pt").exists()
+    for name in ("cut", "damaged"):
+        same_run(tmp_path / name, tmp_path / "whole")
+    rows = list(csv.DictReader((tmp_path / "poisoned" / "metrics.csv").open(newline="")))
+    assert [row["skipped"] for row in rows] == ["", "views", "", "views", "", "", "", ""]
+    assert [bool(row["loss"]) for row in rows] == [not row["skipped"] for row in rows]
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:

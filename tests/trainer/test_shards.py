@@ -136,7 +136,7 @@ def test_a_run_on_dirty_shards(tmp_path: Path) -> None:
     result = train(config(tmp_path, output=str(tmp_path / "run"), encoder="conv"))
     assert result["skipped_images"] == 2 and result["dataset"] == "shards"
     names = [f"{tmp_path / 'x.tar'}/{name}" for name in ("000007.png", "000030.png")]
-    assert sorted(json.loads((tmp_path / "run" / "skipped.json").read_text())) == names
+    assert sorted(json.loads((tmp_path / "run" / "skipped_images.json").read_text())) == names
 
 
 def test_images_without_a_class_cannot_be_probed(tmp_path: Path) -> None:
