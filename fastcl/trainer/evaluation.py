@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from . import loop
+from . import loop, machine
 from .checkpoint import load_checkpoint, restore, write_json
 from .config import TrainConfig
 from .data import Data, load_data
@@ -63,8 +63,8 @@ def evaluate(
     folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
-    with loop._threads(config.threads):
-        accuracy = _accuracies(config, state, probes, epochs, loop._device(device or config.device), encoder)
+    with machine.threads(config.threads):
+        accuracy = _accuracies(config, state, probes, epochs, machine.usable_device(device or config.device), encoder)
     result: dict[str, Any] = {
         "method": config.method,
         "dataset": config.data,

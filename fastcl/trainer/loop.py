@@ -7,8 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
-from .errors import TrainError, need
+from .errors import need
 from .export import start_from
 from .gradients import add_gradients, now
 from .guard import Guard
+from .machine import threads, usable_device
 from .method import Method, check_labels
 from .methods import METHODS
 from .models import run_encoder
@@ -65,8 +65,8 @@ def resume(folder: Path | str, *, encoder: nn.Module | None = None) -> dict[str,
         encoder: as :func:`train` had it: the baseline is computed from its weights, training goes on from the saved.
 
     Raises:
-        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, or :func:`train` would
-            raise it.
+        TrainError: there is no checkpoint, it cannot be read, its weights do not fit the encoder, or as
+            :func:`train`.
         KeyboardInterrupt, SystemExit: as :func:`train`.
     """
     folder = Path(folder)
@@ -86,11 +86,11 @@ def _run(
 ) -> dict[str, Any]:
     need("matplotlib", "the plots")  # better now than after the training
     need("tensorboard", "the event log")
-    device = _device(config.device)
+    device = usable_device(config.device)
     data = load_data(config)
     check_labels(config, data)
     prober = Prober(data, _generator("probe"))
-    with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
         method = _build(config, data, config.init if state is None else None, encoder).to(device)
         optimizer = build_optimizer(config, method)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -273,25 +273,3 @@ def _build(config: TrainConfig, data: Data, init: str | None = None, given: nn.M
 def _shape(data: Data) -> list[int]:
     """C, H and W of the images."""
     return list(data.test.read(torch.tensor([0])).shape[1:])
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainError(
-            f"got device {name!r}, which torch cannot use here ({reason}). Choose --device cpu."
-        ) from error
-    return device
