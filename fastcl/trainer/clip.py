@@ -61,10 +61,24 @@ class CLIP(Method):
     @torch.no_grad()
     def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
         """By the nearest of classes, each the mean of its prompts' embeddings (section 3.1.4)."""
-        if not len(classes):
+        if not len(classes) or bool((labels < 0).any()):
             return None
-        texts = tokens(prompts(classes), self.context).to(self.log_scale.device)
-        read = torch.cat([self.text_head(self.text_encoder(part)) for part in texts.split(256)])
-        names = l2_normalize(l2_normalize(read).unflatten(0, (-1, len(TEMPLATES))).mean(1))
-        nearest = pair_argmax(l2_normalize(self.head(features.to(self.log_scale))), names)
-        return 100 * (nearest.cpu() == labels).double().mean().item()
+        names = l2_normalize(self._read(prompts(classes)).unflatten(0, (-1, len(TEMPLATES))).mean(1))
+        return 100 * (pair_argmax(self._seen(features), names).cpu() == labels).double().mean().item()
+
+    @torch.no_grad()
+    def retrieval(self, features: Tensor, texts: Sequence[str]) -> dict[str, float]:
+        """By the nearest text of an image, and the nearest image of a text; equal texts count alike."""
+        images, words = self._seen(features), self._read(texts)
+        recall = {}
+        for way, queries, keys in (("image_to_text", images, words), ("text_to_image", words, images)):
+            found = pair_argmax(queries, keys).tolist()
+            recall[way] = 100 * sum(texts[i] == texts[j] for i, j in enumerate(found)) / len(texts)
+        return recall
+
+    def _seen(self, features: Tensor) -> Tensor:
+        return l2_normalize(self.head(features.to(self.log_scale)))
+
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        rows = tokens(texts, self.context).to(self.log_scale.device)
+        return l2_normalize(torch.cat([self.text_head(self.text_encoder(part)) for part in rows.split(256)]))

@@ -144,6 +144,8 @@ def _accuracies(
     given: nn.Module | None,
 ) -> dict[str, dict[str, Any]]:
     prober = Prober(data, loop._generator("probe"), everything=True)
+    if not prober.labelled:
+        raise TrainError(f"got images without labels in {config.data}; expected labels, to probe for. Label some.")
     method = loop._build(config, data, None, given).to(device)
     random = calibrated(method.encoder, data.train, prober.train_at, device)
     restore(method, state["method"], "the checkpoint")

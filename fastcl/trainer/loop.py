@@ -147,7 +147,7 @@ def _run(
                     row = dict.fromkeys(COLUMNS) | {"step": step, "learning_rate": rate}
                     row |= {"skipped": guard.bad} if guard.bad else {"loss": loss}
                     if step % config.probe_every == 0 or step == config.steps:
-                        row |= prober.monitor(prober.features(method.encoder, device))
+                        row |= prober.monitor(method.encoder, device)
                         head = method.get_submodule("head")
                         seen = monitors(method.encoder, head, data, prober.train_at, device)
                         progress.probed(step, seen["effective_rank"])

@@ -41,10 +41,17 @@ class Method(nn.Module):
         """The same by ``fastcl.functional`` or ``fastcl.reference``, without moving a queue: to compare."""
         raise NotImplementedError
 
+    def retrieval(self, features: Tensor, texts: Sequence[str]) -> dict[str, float] | None:
+        """Recall at 1 in percent among pairs of images, whose ``features`` are the encoder's, and their texts.
+
+        None where the method knows no words.
+        """
+        return None
+
     def zero_shot(self, features: Tensor, labels: Tensor, classes: Sequence[str]) -> float | None:
         """Accuracy in percent of naming images, whose ``features`` are the encoder's, by the words for their classes.
 
-        None where the method knows no words, or the data set no classes.
+        None where the method knows no words, or the images have no classes.
         """
         return None
 

@@ -64,7 +64,7 @@ def finish(
     }
     probe = {name: prober.all(f) for name, f in features.items()}
     final = [row["loss"] for row in history[-_FINAL:] if row["loss"] is not None]
-    labels = labels[:_DENSE]
+    labels, texts = labels[:_DENSE], data.test.captions
     result = {
         "method": config.method,
         "dataset": config.data,
@@ -76,6 +76,7 @@ def finish(
         "loss_share": loss_seconds / seconds,
         "probe": probe,
         "zero_shot": method.zero_shot(features["trained"].test, features["trained"].test_labels, data.classes),
+        "retrieval": texts and method.retrieval(features["trained"].test, [texts[i] for i in prober.test_at]),
         "embeddings": {name: history[-1].get(name) for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
@@ -86,11 +87,12 @@ def finish(
     }
     plots: dict[str, Callable[[Path], None]] = {
         "loss.png": lambda path: report.plot_loss(path, history),
-        "probe.png": lambda path: report.plot_probe(path, history, probe),
         "embedding.png": lambda path: report.plot_embedding(
             path, features["trained"].test, features["trained"].test_labels, data.classes
         ),
     }
+    if prober.labelled:
+        plots["probe.png"] = lambda path: report.plot_probe(path, history, probe)
     for name, plot in plots.items():
         spared(folder / name, partial(plot, folder / name), partial(print, file=sys.stderr))
     try:

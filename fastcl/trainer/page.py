@@ -84,16 +84,17 @@ def write_page(run: Path | str, *, data: Data | None = None, encoder: nn.Module 
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     config, history = TrainConfig(**state["config"]), state["history"]
     data, (trained, _) = load_data(config, data), trained_encoder(run, encoder=encoder)
-    labelled = (data.test.labels >= 0).nonzero().squeeze(1)
-    at = labelled[:: -(-len(labelled) // _SHOWN)]
+    labelled = result["probe"]["trained"] != {}
+    shown = (data.test.labels >= 0).nonzero().squeeze(1) if labelled else torch.arange(len(data.test))
+    at = shown[:: -(-len(shown) // _SHOWN)]
     features, labels = encode(trained, data.test, at, torch.device("cpu")), data.test.labels[at]
-    near = nearest_of_each_class(features, labels)
+    near = nearest_of_each_class(features, labels if labelled else torch.arange(len(labels)))
     pictures = data.test.read(at[near.flatten()]).unflatten(0, near.shape)
     page = _PAGE.format(
         title=html.escape(f"{config.method} on {config.data}, seed {config.seed}"),
         table=html.escape(report.table(result)),
         curves=_picture("training loss against step", report.plot_loss, history)
-        + _picture("probes against step", report.plot_probe, history, result["probe"]),
+        + (_picture("probes against step", report.plot_probe, history, result["probe"]) if labelled else ""),
         neighbours=_picture(
             "images and their nearest neighbours", report.plot_neighbours, pictures, labels[near], data.classes
         ),

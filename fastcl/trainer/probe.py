@@ -33,21 +33,35 @@ class Features:
 class Prober:
     """The probes of one data set: the same images and the same draws of labels for every encoder.
 
+    Where no image has a label there is nothing to find, and no figure.
+
     Args:
-        data: its labelled images.
+        data: its labelled images, or all where none is.
         generator: of the draws.
         everything: look at all images, not at 20,000 of each half.
 
     Raises:
-        MissingData: there are no labelled test images, or a class has fewer than 10 for training.
+        MissingData: one half alone has labelled images, or a class has fewer than 10 for training.
+
+    Attributes:
+        labelled: whether there are labels.
     """
 
     def __init__(self, data: Data, generator: torch.Generator, *, everything: bool = False) -> None:
         self.data = data
         self.train_at, self.test_at = (_spread(half.labels, everything) for half in (data.train, data.test))
-        if not len(self.test_at):
-            raise MissingData("got 0 labelled test images; expected some, for the probes. Label images of each class.")
-        self.few = {k: few_label_draws(data.train.labels[self.train_at], k, generator) for k in (10, 1)}
+        in_train, in_test = (bool((half.labels >= 0).any()) for half in (data.train, data.test))
+        if in_train != in_test:
+            raise MissingData(
+                f"got labels of {'training' if in_train else 'test'} images alone; expected some of both, for the "
+                "probes, or none. Label images of each class."
+            )
+        self.labelled = in_train
+        self.few = (
+            {}
+            if not self.labelled
+            else {k: few_label_draws(data.train.labels[self.train_at], k, generator) for k in (10, 1)}
+        )
 
     def features(self, encoder: nn.Module | None, device: torch.device) -> Features:
         """Features by an encoder, or raw pixels where it is None."""
@@ -59,12 +73,17 @@ class Prober:
             self.data.test.labels[self.test_at],
         )
 
-    def monitor(self, features: Features) -> dict[str, float]:
+    def monitor(self, encoder: nn.Module, device: torch.device) -> dict[str, float]:
         """The two that are followed during training, in percent."""
+        if not self.labelled:
+            return {}
+        features = self.features(encoder, device)
         return {"knn": knn(features, neighbours=NEIGHBOURS), "few10": few_label_probe(features, self.few[10])["mean"]}
 
     def all(self, features: Features) -> dict[str, Any]:
         """Every probe, in percent."""
+        if not self.labelled:
+            return {}
         return {
             "knn": knn(features, neighbours=NEIGHBOURS),
             "linear": linear_probe(features),
@@ -160,8 +179,11 @@ class _RawPixels(nn.Module):
 
 
 def _spread(labels: Tensor, everything: bool = False) -> Tensor:
-    """Indices of at most ``_LIMIT`` labelled images, or of all, evenly spaced over the list sorted by class."""
-    labelled = (labels >= 0).nonzero().squeeze(1)
+    """Indices of at most ``_LIMIT`` labelled images, or of all, evenly spaced over the list sorted by class.
+
+    Where none has a label, of all images.
+    """
+    labelled = ((labels >= 0) | (labels < 0).all()).nonzero().squeeze(1)
     by_class = labelled[labels[labelled].sort(stable=True).indices]
     count = len(by_class) if everything else min(len(by_class), _LIMIT)
     return by_class[torch.arange(count) * len(by_class) // max(count, 1)]

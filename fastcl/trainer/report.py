@@ -20,15 +20,18 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['method']} on {result['dataset']}, seed {result['seed']}: {result['steps']} steps "
         f"in {result['seconds']:.1f} s, loss {result['loss']:.3f}",
-        "",
-        f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}",
     ]
-    for key, name in ROWS.items():
-        row = result["probe"][key]
+    probed = {name: result["probe"][key] for key, name in ROWS.items() if result["probe"][key]}
+    if probed:
+        lines += ["", f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}"]
+    for name, row in probed.items():
         ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
         lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
     if result.get("zero_shot") is not None:
         lines += ["", f"zero-shot accuracy of the class names, %: {result['zero_shot']:.1f}"]
+    if result.get("retrieval") is not None:
+        there, back = (result["retrieval"][way] for way in ("image_to_text", "text_to_image"))
+        lines += ["", f"recall at 1 of held-out pairs, %: {there:.1f} of texts, {back:.1f} of images"]
     seen = result.get("embeddings", {})  # an older fastcl wrote none
     if seen.get("effective_rank") is not None:
         lines += [
@@ -82,7 +85,7 @@ def plot_embedding(path: Path | IO[bytes], features: Tensor, labels: Tensor, cla
     flat = centred @ directions[:2].T
     figure, axes = _figure()
     shown = axes.scatter(*flat.T.tolist(), c=labels.tolist(), cmap="tab10" if len(classes) <= 10 else "turbo", s=10)
-    if len(classes) <= 20:
+    if len(classes) <= 20 and bool((labels >= 0).all()):
         handles, _ = shown.legend_elements(num=None)
         axes.legend(handles, classes, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel="first component", ylabel="second component", title="held-out images, principal components")
@@ -90,7 +93,10 @@ def plot_embedding(path: Path | IO[bytes], features: Tensor, labels: Tensor, cla
 
 
 def plot_neighbours(path: Path | IO[bytes], images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    """A row for each image ``(Q, 1 + K, C, H, W)``, 0 to 1, and its K neighbours; a neighbour of its class is green."""
+    """A row for each image ``(Q, 1 + K, C, H, W)``, 0 to 1, and its K neighbours; a neighbour of its class is green.
+
+    Labels ``(Q, 1 + K)`` of -1 have no class, and no colour.
+    """
     rows, columns = labels.shape
     figure = need("matplotlib.figure", "the plots").Figure(
         figsize=(columns, 1.25 * rows), dpi=120, layout="constrained"
@@ -98,9 +104,10 @@ def plot_neighbours(path: Path | IO[bytes], images: Tensor, labels: Tensor, clas
     axes = figure.subplots(rows, columns, squeeze=False)
     for i in range(rows):
         for j in range(columns):
-            color = "black" if j == 0 else "green" if labels[i, j] == labels[i, 0] else "red"
+            known = int(labels[i, j]) >= 0
+            color = "black" if j == 0 or not known else "green" if labels[i, j] == labels[i, 0] else "red"
             axes[i, j].imshow(images[i, j].permute(1, 2, 0).numpy(), cmap="grey", vmin=0, vmax=1)
-            axes[i, j].set_title(classes[int(labels[i, j])], fontsize="x-small", color=color)
+            axes[i, j].set_title(classes[int(labels[i, j])] if known else "", fontsize="x-small", color=color)
             axes[i, j].set_axis_off()
     figure.savefig(path, format="png")
 

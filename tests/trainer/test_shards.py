@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.trainer import TrainConfig, train
+from fastcl.trainer import TrainConfig, TrainError, table, train, write_page
 from fastcl.trainer.data import load_data
 from fastcl.trainer.errors import MissingData
+from fastcl.trainer.evaluation import evaluate
 from fastcl.trainer.shards import samples
 from fastcl.trainer.text import captions as clip_captions
 
@@ -139,10 +140,31 @@ def test_a_run_on_dirty_shards(tmp_path: Path) -> None:
     assert sorted(json.loads((tmp_path / "run" / "skipped_images.json").read_text())) == names
 
 
-def test_images_without_a_class_cannot_be_probed(tmp_path: Path) -> None:
-    write_shard(tmp_path / "x.tar", [(f"{i}.png", picture(i)) for i in range(24)])
+@pytest.mark.parametrize("method", ["simclr", "clip"])
+def test_images_without_a_class_are_trained_on_and_not_probed(method: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", [m for i in range(24) for m in sample(i)[1:]])
     assert (load_data(config(tmp_path)).train.labels == -1).all()
-    with pytest.raises(MissingData, match="got 0 labelled test images"):
+    run = tmp_path / "run"
+    result = train(config(tmp_path, output=str(run), method=method))
+    assert result["probe"] == {"raw": {}, "random": {}, "trained": {}} and result["zero_shot"] is None
+    assert result["embeddings"]["effective_rank"] > 0 and "accuracy" not in table(result)
+    page = write_page(run).read_text()
+    assert "probes against step" not in page and "map of features" in page and not (run / "probe.png").exists()
+    with pytest.raises(TrainError, match="got images without labels in shards; expected labels"):
+        evaluate(run)
+    recall = result["retrieval"]
+    if method == "simclr":
+        assert recall is None
+        return
+    assert set(recall) == {"image_to_text", "text_to_image"}
+    assert all(value * 6 % 100 == pytest.approx(0, abs=1e-9) for value in recall.values())  # of six pairs
+    assert f"recall at 1 of held-out pairs, %: {recall['image_to_text']:.1f} of texts" in table(result)
+
+
+def test_labels_of_one_half_alone_are_not_enough_to_probe(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-0.tar", [m for i in range(24) for m in sample(i)])
+    write_shard(tmp_path / "val-0.tar", [m for i in range(24) for m in sample(i)[1:]])
+    with pytest.raises(MissingData, match="got labels of training images alone; expected some of both"):
         train(config(tmp_path, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
