@@ -68,7 +68,8 @@ class _Loss(nn.Module):
             return function(*args, **options)
         from .distributed import evaluate
 
-        return evaluate(function, self.ranks, *args, **options)
+        loss: Tensor = evaluate(function, self.ranks, *args, **options)
+        return loss
 
     def _numbered(self, groups: Tensor) -> Tensor:
         """Labels that were made here, which mean something else on other ranks."""
