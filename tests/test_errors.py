@@ -29,6 +29,7 @@ from fastcl.integrations.grad_cache import ContrastiveLossWithQueryClosure, Simp
 from fastcl.integrations.inf_cl import cal_inf_loss
 from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func
 from fastcl.integrations.sup_contrast import SupConLoss
+from fastcl.trainer import errors
 from fastcl.trainer.config import TrainConfig
 from fastcl.trainer.errors import TrainError
 
@@ -480,12 +481,15 @@ OTHERS = {
     "the embedded digits ({} bytes) do not match their checksum. ": "what is expected is a whole file",
     "train/ and val/ in {} have different classes. ": "what is expected is the contrary",
     "{} is not in {} ({}). Name its folder": "what is expected is the data set",
-    "got device {}, which torch cannot use here ({}). Choose": "what is expected is a device that is there",
     "{} The digits (--data digits) do without.": "goes on where the message of a missing package ends",
 }
-# The trainer also passes on what the machine says: what cannot be done (the reason), and how to mend it.
-MACHINE = re.compile(r".+ cannot be (?:read|written|made|decoded|had|imported) \(.+\)(?:; .+)?\. \S.+", re.DOTALL)
-TRAINER = re.compile(r"(?:got|the) .+; expected .+\. \S.+", re.DOTALL)
+# The trainer also passes on what the machine says: what cannot be done (the reason), and how to mend it. Its users see
+# its own errors alone; others are quoted in them.
+MACHINE = re.compile(r".+(?: cannot be \w+|, which .+) \(.+\)(?:; .+)?\. \S.+", re.DOTALL)
+TRAINER = re.compile(r".+; expected .+\. \S.+", re.DOTALL)
+ERRORS_OF_THE_TRAINER = {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TrainError)
+}
 
 
 def texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
@@ -505,8 +509,8 @@ def texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
     return ["{}"]
 
 
-def raised(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines and messages of a file's errors; bare and abstract ones have none."""
+def made(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines and messages of the errors that a file makes; bare and abstract ones have none."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]:
         inner = [node for part in ast.iter_child_nodes(scope) for node in walk_of_one_scope(part)]
@@ -515,8 +519,13 @@ def raised(path: Path) -> Iterator[tuple[int, str]]:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 names.setdefault(node.targets[0].id, []).append(node.value)
         for node in inner:
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                yield from ((node.lineno, text) for text in texts(node.exc.args[0], names))
+            if isinstance(node, ast.Call) and node.args and is_error(node.func, "trainer" in path.parts):
+                yield from ((node.lineno, text) for text in texts(node.args[0], names))
+
+
+def is_error(made: ast.expr, in_the_trainer: bool) -> bool:
+    name = ast.unparse(made).rpartition(".")[2]
+    return name in ERRORS_OF_THE_TRAINER or (name.endswith("Error") and not in_the_trainer)
 
 
 def walk_of_one_scope(node: ast.AST) -> Iterator[ast.AST]:
@@ -530,7 +539,7 @@ def test_every_message_has_its_three_parts() -> None:
     seen, wrong, used = 0, [], set()
     for path in sorted(ROOT.rglob("*.py")):
         of_the_trainer = "trainer" in path.relative_to(ROOT).parts
-        for line, text in raised(path):
+        for line, text in made(path):
             seen += 1
             exception = [start for start in OTHERS if text.startswith(start)]
             used |= {*exception}
