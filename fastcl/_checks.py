@@ -108,7 +108,7 @@ def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = F
     is_integer = not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)
     if is_integer != integer or t.dtype.is_complex:
         raise TypeError(
-            sentence(f"{name} of dtype {t.dtype}", kind, f"Call {name}.{'long' if integer else 'float'}().")
+            sentence(f"{name} of dtype {t.dtype}", kind, f"Call .{'long' if integer else 'float'}() on it.")
         )
     if t.shape != (length,):
         raise ValueError(
@@ -116,7 +116,7 @@ def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = F
         )
     if t.device != like.device:
         raise ValueError(
-            sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", f"Call {name}.to(...).")
+            sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", "Call .to(...) on it.")
         )
 
 
@@ -147,7 +147,14 @@ def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
         )
     if not -math.inf < value < math.inf or (positive and value <= 0):  # a NaN compares false
         what = "a finite number above 0" if positive else "a finite number"
-        raise ValueError(sentence(f"{name} = {value}", what, "Typical temperatures are 0.05 to 0.5."))
+        mend = "Choose one; 0.05 to 0.5 are usual." if name.endswith("temperature") else "Check how it was computed."
+        raise ValueError(sentence(f"{name} = {value}", what, mend))
+
+
+def count(name: str, value: int) -> None:
+    """A Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(sentence(f"{name} = {value!r}", "an integer of at least 1", "Pass 1 or more."))
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:

@@ -61,7 +61,9 @@ def run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     sample = torch.zeros(2, 64, device=device, dtype=dtype)
     if reason := triton.unsupported("reduce", sample):
-        raise RuntimeError(sentence(f"a device where Triton {reason}", "one that it runs on", "fastcl info says more."))
+        raise RuntimeError(
+            sentence(f"a device where Triton {reason}", "one that it runs on", "Run fastcl info for more.")
+        )
     family, gpu = triton._family(sample), triton.limits(device).name
     file = configs.tuned_file(gpu)
     found = _read(file)

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ _ONE_DERIVATIVE = (
     "got a second derivative (create_graph=True) through cached_loss; expected one backward pass: gradients of "
     "parameters are accumulated chunk by chunk. Call the loss without chunks."
 )
+_FITTING = "Pass the rows that fit into memory."
 _warned: set[str] = set()
 _fitting: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
 
@@ -213,14 +214,13 @@ class _Tower:
         if size == "auto":
             size = _largest(self)
         if isinstance(size, str) or (isinstance(size, int) and size < 1):
-            mend = "Pass the rows that fit into memory."
-            raise ValueError(sentence(f"chunk_size = {size!r}", "at least 1, 'auto', or sizes", mend))
+            raise ValueError(sentence(f"chunk_size = {size!r}", "at least 1, 'auto', or sizes", _FITTING))
         if isinstance(size, int):
             starts = range(0, max(self.rows, 1), size)
             return [slice(start, min(start + size, self.rows)) for start in starts]
         if sum(size) != self.rows or any(n < 1 for n in size):
             got = f"chunks of {list(size)} rows for {self.rows}"
-            raise ValueError(sentence(got, "sizes of at least 1 that add up", "token_chunks makes such."))
+            raise ValueError(sentence(got, "sizes of at least 1 that add up", "Use token_chunks, which makes such."))
         ends = torch.tensor(size).cumsum(0).tolist()
         return [slice(end - n, end) for end, n in zip(ends, size, strict=True)]
 
@@ -279,7 +279,9 @@ def _towers(encoders: Any, inputs: Any, chunk_size: Any) -> list[_Tower]:
     if len(each) != count:
         mend = "Pass one encoder for all towers, or one each."
         raise ValueError(sentence(f"{len(each)} encoders for {count} towers", f"{count}, or one", mend))
-    sizes = [chunk_size] * count
+    if not isinstance(chunk_size, int | Iterable):
+        raise TypeError(sentence(f"chunk_size of type {type(chunk_size).__name__}", "rows, 'auto', or sizes", _FITTING))
+    sizes: list[Any] = [chunk_size] * count
     if not isinstance(chunk_size, int | str) and not all(isinstance(size, int) for size in chunk_size):
         sizes = list(chunk_size)
         if len(sizes) != count:

@@ -68,7 +68,8 @@ class _Loss(nn.Module):
             return function(*args, **options)
         from .distributed import evaluate
 
-        return evaluate(function, self.ranks, *args, **options)
+        loss: Tensor = evaluate(function, self.ranks, *args, **options)
+        return loss
 
     def _numbered(self, groups: Tensor) -> Tensor:
         """Labels that were made here, which mean something else on other ranks."""
@@ -540,10 +541,14 @@ class SupConLoss(_TemperatureLoss):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        views = z.shape[1] if isinstance(z, Tensor) and z.ndim == 3 else 1
+        stacked = isinstance(z, Tensor) and z.ndim == 3
+        _checks.rows(z=z[:, :1].flatten(0, 1) if stacked else z)
+        views = z.shape[1] if stacked else 1
         n = len(z)
         if labels is not None and mask is not None:
-            raise ValueError(sentence("labels and a mask", "one of the two", "Both say which rows belong together."))
+            raise ValueError(
+                sentence("labels and a mask", "one of the two", "Pass one: both say which rows belong together.")
+            )
         if mask is not None:
             labels = self._numbered(_classes(mask, z))
         elif labels is None:
@@ -738,8 +743,7 @@ class CosFaceLoss(_Loss):
     def __init__(self, classes: int, dim: int, *, scale: float = 64.0, margin: float = 0.35, **options: Any) -> None:
         super().__init__(**options)
         for name, value in (("classes", classes), ("dim", dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(sentence(f"{name} = {value!r}", "an integer of at least 1", "Pass a positive size."))
+            _checks.count(name, value)
         self.scale, self.margin = scale, margin
         self.proxies = nn.Parameter(nn.functional.normalize(torch.randn(classes, dim), dim=1))
 
@@ -754,11 +758,11 @@ def _classes(mask: Tensor, z: Tensor) -> Tensor:
     n = len(z)
     if not isinstance(mask, Tensor) or mask.shape != (n, n):
         got = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"mask of {type(mask).__name__}"
-        raise ValueError(sentence(got, f"shape ({n}, {n}): which rows belong together", "Or pass labels."))
+        raise ValueError(sentence(got, f"shape ({n}, {n}): which rows belong together", "Pass that, or labels."))
     like = mask != 0
     labels = like.to(z.device, torch.uint8).argmax(1) if n else torch.zeros(0, dtype=torch.long, device=z.device)
     if not torch.equal(like.to(z.device), labels[:, None] == labels):
-        mend = "Positives are classes here, so that no matrix is needed: pass labels, or use a class for each group."
+        mend = "Pass labels, or a class for each group: positives are classes here, so that no matrix is needed."
         expected = "an equivalence: every row like itself, and where a is like b and b like c, a like c"
         raise ValueError(sentence("a mask that is none of classes", expected, mend))
     return labels

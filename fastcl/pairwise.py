@@ -305,8 +305,7 @@ def pair_topk(
         Similarities ``<q_i, k_j> + col_bias_j``, ``(M, topk)`` fp32 (fp64), and indices, ``(M, topk)`` int64. Where
         fewer pairs are kept the index is -1 and the similarity -inf (+inf with ``largest=False``). No gradient.
     """
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ValueError(sentence(f"topk = {topk!r}", "an integer of at least 1", "Ask for one neighbour or more."))
+    _checks.count("topk", topk)
     if (across := _across.current()) is not None:
         options = {"topk": topk, "col_bias": col_bias, "drop": drop, "only": only, "ceiling": ceiling}
         return across.topk(pair_topk, q, q if k is None else k, {**options, "largest": largest})
@@ -708,12 +707,15 @@ def _guide(guide: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[
 def _check_scale(scale: Scalar) -> None:
     _checks.scalar("scale", scale)
     if not isinstance(scale, Tensor) and scale == 0:
-        raise ValueError(sentence("scale = 0", "any other number", "A scale of 0 makes all logits equal."))
+        raise ValueError(sentence("scale = 0", "any other number", "Choose one: with 0 all logits are equal."))
 
 
 def _keys(name: str, keys: Keys, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if keys is None:
         return None, None
+    if isinstance(keys, tuple) and len(keys) != 2:
+        mend = f"Pass {name}=(keys of rows, keys of columns)."
+        raise TypeError(sentence(f"{name} of {len(keys)} parts", "one tensor of keys, or a tuple of two", mend))
     row_keys, col_keys = keys if isinstance(keys, tuple) else (keys, keys)
     _checks.vector(f"{name} (of the rows)", row_keys, q.shape[0], q, integer=True)
     _checks.vector(f"{name} (of the columns)", col_keys, k.shape[0], k, integer=True)

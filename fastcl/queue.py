@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._checks import sentence
 
 
 class FeatureQueue(nn.Module):
@@ -37,8 +36,7 @@ class FeatureQueue(nn.Module):
     def __init__(self, dim: int, size: int) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("size", size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(sentence(f"{name} = {value!r}", "an integer of at least 1", "Pass a positive size."))
+            _checks.count(name, value)
         self.register_buffer("features", nn.functional.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 

@@ -47,7 +47,8 @@ def positive_indices(labels: Tensor, columns: Tensor | None = None) -> tuple[Ten
 
 def class_sums(z: Tensor, labels: Tensor) -> Tensor:
     """For every row the sum of the *other* rows of its label, ``(N, D)`` fp32 (fp64); no host synchronisation."""
-    return apply(_ClassSums, z, labels)
+    sums: Tensor = apply(_ClassSums, z, labels)
+    return sums
 
 
 def batch_all(z: Tensor, labels: Tensor, margin: float, distance: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,8 @@ def _triplets(
     _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
     if margin is not None:
         _checks.scalar("margin", margin)
-    return apply(_Triplets, rule, z, labels, margin, distance)
+    sums, above = apply(_Triplets, rule, z, labels, margin, distance)
+    return sums, above
 
 
 def distance_tile(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor, distance: str) -> Tensor:

@@ -80,7 +80,13 @@ class Pairs(NamedTuple):
 
     def sliced(self, rows: slice, cols: slice) -> Pairs:
         """Some rows against some columns."""
-        row, col = (lambda t, part=part: t if t is None else t[part] for part in (rows, cols))
+
+        def row(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        def col(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[cols]
+
         return Pairs(
             self.x[rows], self.y[cols], self.scale, row(self.row_bias), col(self.col_bias),
             row(self.drop_x), col(self.drop_y), row(self.only_x), col(self.only_y),
@@ -215,7 +221,7 @@ def tf32_is_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9 there is a new attribute, and once a user sets that the old getter raises: it is read first.
     precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
 def _order(x: Tensor) -> tuple[str, ...]:

@@ -435,10 +435,11 @@ class _Call:
 
     def launch(self, kernel: str, blocks: int, *args: Any) -> None:
         if blocks == 0:
-            return None
+            return
         function = getattr(self.products, kernel, None) or getattr(self.kernels, kernel)
         if self.device.type != "cuda":  # the simulator
-            return function(*args, blocks, 0)
+            function(*args, blocks, 0)
+            return
         with on_device_of(self.tensors[0]):
             function(*args, blocks, torch.cuda.current_stream().cuda_stream)
 

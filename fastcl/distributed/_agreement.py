@@ -37,7 +37,9 @@ def exchanged(mine: dict[str, Any], group: Any) -> list[dict[str, Any]]:
     _exchanges += 1
     text = json.dumps(mine).encode()
     if len(text) > _ROOM:
-        text = json.dumps({"error": f"what this rank says takes {len(text)} bytes; expected at most {_ROOM}"}).encode()
+        got = f"{len(text)} bytes of arguments to compare with other ranks"
+        told = sentence(got, f"at most {_ROOM}", "Pass even=True, which compares none.")
+        text = json.dumps({"error": told}).encode()
     said = torch.zeros(_ROOM, dtype=torch.uint8)
     said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     group = over_cpu(group)
@@ -84,7 +86,9 @@ def agree(mine: dict[str, Any], group: Any) -> list[dict[str, Any]]:
         for what, value in _comparable(said).items():
             if first.get(what) != value:
                 got = f"{what} = {value} on rank {rank} and {first.get(what)} on rank 0"
-                raise ValueError(sentence(got, "the same on all ranks", "Only the number of rows may differ."))
+                raise ValueError(
+                    sentence(got, "the same on all ranks", "Make it so: only the number of rows may differ.")
+                )
         if missing := first.keys() - _comparable(said).keys():
             got = f"no {min(missing)} on rank {rank}, and one on rank 0"
             raise ValueError(sentence(got, "the same tensors on all ranks", "Pass it on all ranks or on none."))

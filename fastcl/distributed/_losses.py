@@ -77,9 +77,10 @@ class Ranks:
 
     def __post_init__(self) -> None:
         choice("strategy", self.strategy, STRATEGIES)
-        if self.wire_dtype is not None and not self.wire_dtype.is_floating_point:
+        dtype = self.wire_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             mend = "Pass torch.bfloat16, or omit it."
-            raise ValueError(sentence(f"wire_dtype = {self.wire_dtype}", "a floating-point dtype", mend))
+            raise ValueError(sentence(f"wire_dtype = {dtype!r}", "a floating-point dtype", mend))
 
 
 @dataclass
@@ -278,7 +279,7 @@ def _views(name: str, given: dict[str, Any]) -> int:
         return int(given.get("views", 2)) if given.get("labels") is None else 1
     if anchors is not None:  # the first view of every image
         if anchors < 0 or rows % max(anchors, 1):
-            mend = "Over ranks, anchors are the first view of each image."
+            mend = "Make them the first view of each image, as they are over ranks."
             raise ValueError(sentence(f"{anchors} anchors of {rows} rows", "a divisor of the rows", mend))
         return rows // anchors if anchors else 1
     return _VIEWS.get(name, 1)

@@ -84,7 +84,8 @@ class OneSet(torch.autograd.Function):
         ctx.known = counts, wire, ring, backend, z.dtype, scale_dtype
 
         def reduce(pairs: Pairs, both: bool = False) -> tuple[Tensor, Tensor]:
-            return _ops.pair_reduce("exp", *pairs, both, True, backend)
+            found: tuple[Tensor, Tensor] = _ops.pair_reduce("exp", *pairs, both, True, backend)
+            return found
 
         def own() -> Tensor:
             return reduce(Pairs(x, x, scale, drop_x=keys, drop_y=keys, symmetric=True))[0]

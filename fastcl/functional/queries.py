@@ -72,7 +72,9 @@ def info_nce(
     if symmetric and given:
         raise ValueError(sentence(f"symmetric=True with {given[0]}", "in-batch negatives alone", "Omit one of them."))
     if label_smoothing and ids is not None:
-        raise ValueError(sentence("label_smoothing with ids", "one of the two", "Smoothing spreads over all keys."))
+        raise ValueError(
+            sentence("label_smoothing with ids", "one of the two", "Omit one: smoothing spreads over all keys.")
+        )
     if negatives is not None and ids is not None:
         raise ValueError(sentence("ids with negatives", "in-batch negatives, which have ids", "Omit one of them."))
     if not (given or ids is not None or label_smoothing or hardness):
@@ -390,8 +392,9 @@ def harder_logsumexp(q: Tensor, k: Tensor, scale: Scalar, hardness: float, **opt
 def _own_dots(q: Tensor, own: Tensor, normalize: bool) -> Tensor:
     """Inner products of every query with its own negatives, ``(B, H)``."""
     if not isinstance(own, Tensor) or own.ndim != 3 or own.shape[0] != q.shape[0]:
-        got = f"own_negatives of shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
-        raise ValueError(sentence(got, f"({q.shape[0]}, H, {q.shape[1]})", "Give every query a group of its own."))
+        got = f"of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"of type {type(own).__name__}"
+        expected = f"shape ({q.shape[0]}, H, {q.shape[1]})"
+        raise ValueError(sentence(f"own_negatives {got}", expected, "Give every query a group of its own."))
     table = unit(own.flatten(0, 1), normalize)
     return gathered_dot(q, table, torch.arange(table.shape[0], device=q.device).view(own.shape[:2]))
 

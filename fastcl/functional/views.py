@@ -55,7 +55,9 @@ def nt_xent(
         _checks.rows(z=z)
         _checks.vector("labels", labels, z.shape[0], z, integer=True)
         if ids is not None:
-            raise ValueError(sentence("ids beside labels", "one of the two", "Rows of one label are never negatives."))
+            raise ValueError(
+                sentence("ids beside labels", "one of the two", "Omit ids: rows of one label are never negatives.")
+            )
     z = unit(z, normalize)
     scale = inverse(temperature, z)
     batch = z.shape[0] // views

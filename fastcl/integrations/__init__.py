@@ -96,7 +96,11 @@ def patch(*libraries: str, strict: bool = False, verbose: bool = True) -> Patch:
     for library in libraries:
         if library not in LIBRARIES:
             raise ValueError(
-                sentence(f"the library {library!r}", f"one of {', '.join(LIBRARIES)}", "Import names use underscores.")
+                sentence(
+                    f"the library {library!r}",
+                    f"one of {', '.join(LIBRARIES)}",
+                    "Use its import name, with underscores.",
+                )
             )
     found = [(import_module(f"{__name__}.{library}"), library) for library in libraries]
     originals = [(module, _originals(module, library)) for module, library in found]

@@ -343,7 +343,7 @@ class GISTEmbedLoss(_Guided, DropIn, _losses.GISTEmbedLoss):
             original: Tensor = super().forward(columns, labels)
             return original
         if len(columns) not in (2, 3):
-            mend = "CachedGISTEmbedLoss takes more."
+            mend = "Use CachedGISTEmbedLoss for more."
             raise ValueError(sentence(f"{len(columns)} columns", "two, or three with negatives", mend))
         # models write their results into the features, and those of the guide must not land in the model's
         for_guide = [dict(column) for column in columns]

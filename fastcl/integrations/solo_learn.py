@@ -154,7 +154,7 @@ def moco_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: Scala
     """
     if not isinstance(queue, Tensor) or queue.ndim != 2:
         got = f"queue of shape {tuple(queue.shape)}" if isinstance(queue, Tensor) else f"queue of {type(queue)}"
-        raise ValueError(sentence(got, "a matrix (features, keys)", "Keys are its columns."))
+        raise ValueError(sentence(got, "a matrix (features, keys)", "Transpose it: keys are its columns."))
     loss = F.info_nce(query, key, queue.T, temperature=temperature)
     return as_original(loss, query, key, queue)
 
@@ -240,7 +240,7 @@ def _pair_mask(name: str, mask: Tensor, rows: Tensor) -> Tensor:
     n = len(rows)
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         got = f"{name} of dtype {mask.dtype}" if isinstance(mask, Tensor) else f"{name} of type {type(mask).__name__}"
-        raise TypeError(sentence(got, "booleans, or integers 0 and 1", "Positives have no weights here."))
+        raise TypeError(sentence(got, "booleans, or integers 0 and 1", "Convert it: positives have no weights here."))
     if mask.shape != (n, n):
         got = f"{name} of shape {tuple(mask.shape)}"
         raise ValueError(sentence(got, f"({n}, {n}): a row and a column per row of z", "Cover all views."))

@@ -55,7 +55,9 @@ class SupConLoss(nn.Module):
             got = f"features of shape {tuple(features.shape)}"
             raise ValueError(sentence(got, "(images, views, ...)", "Use features.unsqueeze(1) for a single view."))
         if labels is not None and mask is not None:
-            raise ValueError(sentence("labels and mask", "one of the two", "A mask says all that labels say."))
+            raise ValueError(
+                sentence("labels and mask", "one of the two", "Omit labels: a mask says all that they say.")
+            )
         if self.contrast_mode not in ("all", "one"):
             got = f"contrast_mode = {self.contrast_mode!r}"
             raise ValueError(sentence(got, "'all' or 'one'", "Say which views are anchors."))
@@ -81,7 +83,7 @@ class SupConLoss(nn.Module):
         """The sum of a row's positive logits is linear in their rows, so it needs sums over views and no logits."""
         if mask.shape != (batch, batch):
             got = f"mask of shape {tuple(mask.shape)}"
-            raise ValueError(sentence(got, f"({batch}, {batch})", "It says which images go together, not which views."))
+            raise ValueError(sentence(got, f"({batch}, {batch})", "Pass a row per image, not per view."))
         scale, rows = inverse(self.temperature, z), operand(z)
         mask = mask.to(rows.device, rows.dtype)
         itself = mask.diagonal()[:, None]  # a row is no positive of its own: it was summed with the views of its image
@@ -106,7 +108,7 @@ def _integers(labels: Tensor, batch: int) -> Tensor:
     labels = labels.reshape(-1)
     if len(labels) != batch:
         got = f"{len(labels)} labels for {batch} images"
-        raise ValueError(sentence(got, "one label per image", "Labels are not repeated for views."))
+        raise ValueError(sentence(got, "one label per image", "Pass each once, not once per view."))
     if labels.is_floating_point():
         return labels.unique(return_inverse=True)[1]
     return labels.long() if labels.dtype == torch.bool else labels

@@ -12,7 +12,7 @@ def unit(rows: Tensor, normalize: bool) -> Tensor:
     """Rows of length 1; a row of zeros stays one."""
     if not normalize:
         return rows
-    length = rows.norm(dim=-1, keepdim=True)
+    length: Tensor = rows.norm(dim=-1, keepdim=True)
     return rows / length.masked_fill(length == 0, 1)
 
 

@@ -139,3 +139,11 @@ def test_a_row_is_no_negative_of_itself_unless_strict() -> None:
 
     assert torch.isclose(loss().double(), dense(False), rtol=1e-5)
     assert torch.isclose(loss(strict=True).double(), dense(True), rtol=1e-5)
+
+
+def test_columns_that_do_not_fit_are_refused_in_words() -> None:
+    made = ours.GISTEmbedLoss(tiny_model(), tiny_model())
+    with pytest.raises(ValueError, match=r"^got 1 columns; expected two, or three .+\. Use Cached"):
+        made([{}], None)
+    with pytest.raises(ValueError, match=r"^got 2 columns and 1 of the guide; expected .+\. Embed every"):
+        made.compute_loss_from_embeddings([torch.ones(2, 3)] * 2, [torch.ones(2, 3)])
