@@ -57,7 +57,7 @@ def uniformity(embeddings: Tensor) -> float:
     count = len(embeddings)
     # |x - y|^2 = 2 - 2 <x, y>, so exp(-2 |x - y|^2) = exp(4 <x, y> - 4)
     rows = pair_logsumexp(embeddings, scale=4.0, drop=torch.arange(count, device=embeddings.device))
-    return rows.double().logsumexp(0).item() - math.log(count * (count - 1)) - 4
+    return float(rows.double().logsumexp(0)) - math.log(count * (count - 1)) - 4
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -69,7 +69,8 @@ def effective_rank(embeddings: Tensor) -> float:
         embeddings: ``(N, D)``, finite; not centred, so rows that are all equal have rank 1.
     """
     singular = torch.linalg.svdvals(embeddings.double())
-    return torch.special.entr(singular / singular.sum().clamp(min=torch.finfo(torch.double).tiny)).sum().exp().item()
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.double).tiny)
+    return float(torch.special.entr(shares).sum().exp())
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def timm_options(name: str, channels: int, size: tuple[int, int]) -> dict[str, A
 
 def classifier(model: nn.Module) -> str:
     """Where a network of torchvision has the last layer of its classifier: linear, or a convolution (SqueezeNet)."""
-    last = [
+    last: list[str] = [
         path
         for path, module in model.named_modules()
         if getattr(module, "out_features", None) == _CLASSES or getattr(module, "out_channels", None) == _CLASSES

@@ -77,7 +77,7 @@ class Guard:
             told[2 + SIGNALS.index(self.request.received)] = 1
         total, broken, *requested = self.ranks.sum(told).tolist()
         self.stop = next((number for number, ranks in zip(SIGNALS, requested, strict=True) if ranks), 0)
-        mean = total / self.ranks.count
+        mean = float(total) / self.ranks.count
         if not self.bad and not math.isfinite(mean):
             self.bad = "loss"
         if not self.bad and broken:

@@ -45,7 +45,8 @@ class SimCLR(Method):
         self.loss = NTXentLoss(config.temperature)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        return self.head(_features(self.encoder, views)).chunk(len(views))
+        z: Tensor = self.head(_features(self.encoder, views))
+        return z.chunk(len(views))
 
     def formula(self, functions: ModuleType, labels: Tensor, *embeddings: Tensor) -> Tensor:
         z = l2_normalize(torch.cat(embeddings))
