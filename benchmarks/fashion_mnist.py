@@ -28,7 +28,7 @@ from fastcl.trainer import TrainConfig, train
 from fastcl.trainer.errors import MissingData
 from fastcl.trainer.methods import METHODS, SimCLR
 
-STEPS, COMPARED = 1500, 100
+STEPS, COMPARED = 1000, 100
 SETTINGS: dict[str, Any] = {
     "data": "fashion-mnist", "encoder": "given", "batch_size": 128, "learning_rate": 1e-3, "temperature": 0.2,
     "probe_every": 250, "checkpoint_every": 250,
