@@ -131,9 +131,10 @@ def problem(
         view = unit(n // 2)
         embeddings = [torch.cat([view, positive(view)])]
     elif loss == "supcon":
-        given["labels"] = torch.randint(_CLASSES, (n,), generator=generator)
+        classes = min(_CLASSES, max(n // 2, 1))
+        given["labels"] = torch.randint(classes, (n,), generator=generator)
         # the cosine of two rows near a centre is the product of theirs with it
-        embeddings = [near(unit(_CLASSES)[given["labels"]], _EASY**0.5) if easy else unit(n)]
+        embeddings = [near(unit(classes)[given["labels"]], _EASY**0.5) if easy else unit(n)]
     elif loss == "moco":
         embeddings = [unit(n)]
         given = {"keys": positive(embeddings[0]), "queue": unit(columns)}
