@@ -284,6 +284,45 @@ def dropins(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)}{note} What refutes a claim: {found}."
 
 
+def peers(result: dict[str, Any]) -> str:
+    """What ``fastcl bench --peers`` wrote: a line per loss and contender, at the largest batch of those measured."""
+    settings = result["settings"]
+    last, dtype, budget = max(settings["rows"]), settings["dtype"], settings["memory_mb"]
+    errors = {
+        (row["loss"], row["contender"], row["batch"], row["temperature"]): row["gradient_error"]
+        for row in result["errors"]
+        if row["dtype"] == dtype
+    }
+    largest = {(row["loss"], row["contender"]): row for row in result["largest"]}
+    shown = [("easy", 0.07), ("easy", 0.01), ("hard", 0.01)]
+    rows = []
+    for row in result["rows"]:
+        if row["rows"] != last:
+            continue
+        key = (row["loss"], row["contender"])
+        cells = [f"skipped: {row['skipped']}", "", ""]
+        if not row["skipped"]:
+            cells = [_digits(row["median_seconds"] * 1e3), "", _digits(row["peak_bytes"] / 1e6)]
+            cells[1] = "" if row["of_eager"] is None else f"{row['of_eager']:.2f} x"
+        far = [errors.get((*key, *at), "") for at in shown]
+        most = largest.get(key, {"rows": "", "limited_by": "memory"})
+        more = "" if most["limited_by"] == "memory" else " or more"
+        batch = "none" if most["rows"] is None else f"{most['rows']:,}{more}" if most["rows"] else ""
+        rows.append([
+            *key, *cells, *("not finite" if e is None else f"{e:.0e}" if e != "" else "" for e in far),
+            *([batch] if budget else []),
+        ])  # fmt: skip
+    head = ["loss", "contender", "ms", "time of eager", "peak MB"]
+    head += [f"gradient error, {batch}, tau {tau:g}" for batch, tau in shown]
+    head += [f"largest batch in {budget:g} MB"] if budget else []
+    versions = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version)
+    absent = "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items())
+    return (
+        f"{markdown(head, rows)}\n\n{_measured(result)} {last:,} rows, D = {settings['dim']}, {dtype}; {versions}."
+        f"{f' Not here: {absent}.' if absent else ''}"
+    )
+
+
 def gradients(result: dict[str, Any]) -> str:
     """What ``benchmarks/ranks.py`` wrote of gradients: their factors against those of one process."""
 
@@ -389,6 +428,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "aot": ("aot.json", aot),
     "predicted": ("predicted-h200.json", predicted),
     "dropins-cpu": ("dropins-cpu.json", dropins),
+    "peers-cpu": ("peers-cpu.json", peers),
     "gradients-of-ranks": ("ranks-cpu.json", gradients),
     "ranks-cpu": ("ranks-cpu.json", ranks),
     "grad_cache-cpu": ("grad_cache-cpu.json", grad_cache),

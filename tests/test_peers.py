@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import render
 from fastcl import _compare, _peers, cli, reference
 from fastcl._compare import Settings, largest_batch
 from fastcl._measure import peak_bytes
@@ -264,3 +265,13 @@ def test_a_mistake_is_one_line(words: list[str], expected: str, capsys: pytest.C
     assert cli.main(["bench", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(f"fastcl bench: {expected}") and captured.err.count("\n") == 1
+
+
+def test_the_table_has_a_line_for_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda z, temperature: reference.nt_xent(z, temperature=temperature) / (temperature != 0.01))
+    for budget in (None, 0.1):
+        result = _compare.run(replace(TINY, memory_mb=budget, call_seconds=1000), quiet)
+        table = render.peers(json.loads(json.dumps(result)))
+        lines = [line for line in table.splitlines() if line.startswith("| nt_xent")]
+        assert [line.split("|")[2].strip() for line in lines] == ["eager", "cross-entropy", "planted", "fastcl chunked"]
+        assert lines[2].count("not finite") == 2 and ("largest batch in 0.1 MB" in table) == (budget is not None)
