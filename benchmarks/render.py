@@ -306,7 +306,9 @@ def peers(result: dict[str, Any]) -> str:
             cells[1] = "" if row["of_eager"] is None else f"{row['of_eager']:.2f} x"
         far = [errors.get((*key, *at), "") for at in shown]
         most = largest.get(key, {"rows": "", "limited_by": "memory"})
-        more = "" if most["limited_by"] == "memory" else " or more"
+        more = {"memory": "", "time": " or more", "size": " or more"}.get(
+            most["limited_by"], f" ({most['limited_by']})"
+        )
         batch = "none" if most["rows"] is None else f"{most['rows']:,}{more}" if most["rows"] else ""
         rows.append([
             *key, *cells, *("not finite" if e is None else f"{e:.0e}" if e != "" else "" for e in far),

@@ -225,14 +225,14 @@ def errors(loss: str, contender: str, function: Loss, task: Problem, oracle: Ora
     of_grads = [_relative(g, e) for g, e in zip(grads, exact, strict=True)]
     of_rows = [e for e, t in zip(of_grads, task.leaves, strict=True) if t.ndim]
     of_numbers = [e for e, t in zip(of_grads, task.leaves, strict=True) if not t.ndim]
-    found = {"loss_error": _relative(got, want), "gradient_error": _worst(of_rows)}
-    found["number_error"] = _worst(of_numbers) if of_numbers else 0.0
-    wild = [name for name, error in found.items() if not math.isfinite(error)]
-    result: dict[str, float | str | None] = {name: None if name in wild else error for name, error in found.items()}
-    if not of_numbers:
-        result["number_error"] = None
-    result["failed"] = f"not finite: {', '.join(wild)}" if wild else None
-    return result
+    found = {
+        "loss_error": _relative(got, want), "gradient_error": _worst(of_rows), "number_error": _worst(of_numbers)
+    }  # fmt: skip
+    wild = [name for name, error in found.items() if error is not None and not math.isfinite(error)]
+    return {
+        **{name: None if name in wild else error for name, error in found.items()},
+        "failed": f"not finite: {', '.join(wild)}" if wild else None,
+    }
 
 
 def _oracle(task: Problem) -> Oracle:
@@ -394,8 +394,8 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return 0.0 if distance == 0 else distance / size if size else math.inf
 
 
-def _worst(found: list[float]) -> float:
-    return max(found, key=lambda error: error if math.isfinite(error) else math.inf)
+def _worst(found: list[float]) -> float | None:
+    return max(found, key=lambda error: error if math.isfinite(error) else math.inf, default=None)
 
 
 def _said(error: Exception) -> str:
@@ -443,7 +443,7 @@ def _errors_line(rows: list[dict[str, Any]]) -> str:
     for key, what in (("loss_error", "loss"), ("gradient_error", "gradient")):
         cells = "".join(f"{_shown(row[key], row['failed']):>10}" for row in rows)
         lines.append(f"{what:<17}  {rows[0]['dtype']:<8}  {rows[0]['contender']:<24}{cells}")
-    failed = list(dict.fromkeys(row["failed"] for row in rows if row["failed"] and row["loss_error"] is None))
+    failed = list(dict.fromkeys(row["failed"] for row in rows if row["failed"]))
     return "\n".join([*lines, *(f"    {reason}" for reason in failed)])
 
 
