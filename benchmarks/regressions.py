@@ -1,11 +1,13 @@
-"""Which loss became slower or hungrier: ratios to eager in one run, against the stored ratios of an earlier run.
+r"""Which loss became slower or hungrier: ratios to eager in one run, against the stored ratios of an earlier run.
 
-    OMP_NUM_THREADS=1 python -m pytest benchmarks/bench_losses.py --benchmark-json losses.json
+    OMP_NUM_THREADS=1 python -m pytest benchmarks/bench_losses.py --benchmark-timer time.process_time \
+        --benchmark-json losses.json
     python -m benchmarks.regressions losses.json            compares with benchmarks/results/losses-cpu.json
     python -m benchmarks.regressions losses.json --store    makes this run the one to compare with
 
 A ratio is a contender's median time, or peak memory, over that of *dense* (eager: ``fastcl.reference``) in the same
-run, so that another machine, or a busy one, changes it little. Rows that were skipped beside dense have none. More than
+run, so that another machine changes it little; the timer counts CPU time of one thread, so that a busy one changes it
+little too (on a GPU leave it out: it would count the host's). Rows that were skipped beside dense have none. More than
 a quarter above the stored ratio is a regression, and the exit code is 1. Needs nothing but Python, but for ``--store``.
 """
 
@@ -22,7 +24,7 @@ BASELINE = Path(__file__).parent / "results" / "losses-cpu.json"
 EAGER = "dense"
 _NOT_OURS = (EAGER, "cross-entropy")  # whose changes are torch's
 LIMIT = 1.25
-_SIZES = ("rows", "dim", "device", "threads")  # of which another makes other ratios
+_SIZES = ("rows", "dim", "device", "threads", "timer")  # of which another makes other ratios
 KINDS = {"time": "SLOWER", "memory": "HUNGRIER"}
 
 
@@ -53,7 +55,8 @@ def ratios(run: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         benchmarks = [
-            (b["group"], b["extra_info"]["contender"], b["stats"]["median"], b["extra_info"]) for b in run["benchmarks"]
+            (b["group"], b["extra_info"]["contender"], b["stats"]["median"], {**b["extra_info"], **b["options"]})
+            for b in run["benchmarks"]
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -139,7 +142,8 @@ def _provenance(run: dict[str, Any]) -> dict[str, Any]:
 
     commit = run["commit_info"]
     return {
-        "command": "python -m pytest benchmarks/bench_losses.py --benchmark-json FILE",
+        "command": "OMP_NUM_THREADS=1 python -m pytest benchmarks/bench_losses.py --benchmark-timer time.process_time"
+        " --benchmark-json FILE",
         "date": run["datetime"][:10],
         "commit": commit["id"][:7] + ("-dirty" if commit["dirty"] else ""),
         "versions": versions(),

@@ -285,9 +285,10 @@ def dropins(result: dict[str, Any]) -> str:
 
 
 def peers(result: dict[str, Any]) -> str:
-    """What ``fastcl bench --peers`` wrote: a line per loss and contender, at the largest batch of those measured."""
+    """What ``fastcl bench --peers`` wrote: a line per loss and contender, at the largest batch that eager managed."""
     settings = result["settings"]
-    last, dtype, budget = max(settings["rows"]), settings["dtype"], settings["memory_mb"]
+    dtype, budget = settings["dtype"], settings["memory_mb"]
+    last = {row["loss"]: row["rows"] for row in result["rows"] if row["contender"] == "eager" and not row["skipped"]}
     errors = {
         (row["loss"], row["contender"], row["batch"], row["temperature"]): row["gradient_error"]
         for row in result["errors"]
@@ -297,7 +298,7 @@ def peers(result: dict[str, Any]) -> str:
     shown = [("easy", 0.07), ("easy", 0.01), ("hard", 0.01)]
     rows = []
     for row in result["rows"]:
-        if row["rows"] != last:
+        if row["rows"] != last.get(row["loss"], row["rows"]):
             continue
         key = (row["loss"], row["contender"])
         cells = [f"skipped: {row['skipped']}", "", ""]
@@ -311,16 +312,16 @@ def peers(result: dict[str, Any]) -> str:
         )
         batch = "none" if most["rows"] is None else f"{most['rows']:,}{more}" if most["rows"] else ""
         rows.append([
-            *key, *cells, *("not finite" if e is None else f"{e:.0e}" if e != "" else "" for e in far),
+            row["loss"], f"{row['rows']:,}", row["contender"], *cells, *("not finite" if e is None else f"{e:.0e}" if e != "" else "" for e in far),
             *([batch] if budget else []),
         ])  # fmt: skip
-    head = ["loss", "contender", "ms", "time of eager", "peak MB"]
+    head = ["loss", "N", "contender", "ms", "time of eager", "peak MB"]
     head += [f"gradient error, {batch}, tau {tau:g}" for batch, tau in shown]
     head += [f"largest batch in {budget:g} MB"] if budget else []
     versions = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version)
     absent = "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items())
     return (
-        f"{markdown(head, rows)}\n\n{_measured(result)} {last:,} rows, D = {settings['dim']}, {dtype}; {versions}."
+        f"{markdown(head, rows)}\n\n{_measured(result)} D = {settings['dim']}, {dtype}; {versions}."
         f"{f' Not here: {absent}.' if absent else ''}"
     )
 

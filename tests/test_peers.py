@@ -273,5 +273,5 @@ def test_the_table_has_a_line_for_every_contender(monkeypatch: pytest.MonkeyPatc
         result = _compare.run(replace(TINY, memory_mb=budget, call_seconds=1000), quiet)
         table = render.peers(json.loads(json.dumps(result)))
         lines = [line for line in table.splitlines() if line.startswith("| nt_xent")]
-        assert [line.split("|")[2].strip() for line in lines] == ["eager", "cross-entropy", "planted", "fastcl chunked"]
+        assert [line.split("|")[3].strip() for line in lines] == ["eager", "cross-entropy", "planted", "fastcl chunked"]
         assert lines[2].count("not finite") == 2 and ("largest batch in 0.1 MB" in table) == (budget is not None)
