@@ -311,10 +311,8 @@ def peers(result: dict[str, Any]) -> str:
             most["limited_by"], f" ({most['limited_by']})"
         )
         batch = "none" if most["rows"] is None else f"{most['rows']:,}{more}" if most["rows"] else ""
-        rows.append([
-            row["loss"], f"{row['rows']:,}", row["contender"], *cells, *("not finite" if e is None else f"{e:.0e}" if e != "" else "" for e in far),
-            *([batch] if budget else []),
-        ])  # fmt: skip
+        cells += ["not finite" if e is None else e and f"{e:.0e}" for e in far]
+        rows.append([row["loss"], f"{row['rows']:,}", row["contender"], *cells, *([batch] if budget else [])])
     head = ["loss", "N", "contender", "ms", "time of eager", "peak MB"]
     head += [f"gradient error, {batch}, tau {tau:g}" for batch, tau in shown]
     head += [f"largest batch in {budget:g} MB"] if budget else []
