@@ -25,9 +25,8 @@ from torch import Tensor
 from fastcl import _settings, use_backend
 from fastcl._info import commit, cpu_model, versions
 from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
+from fastcl._peers import QUEUE, package_versions, problem
 from fastcl.backends import native
-
-from .peers import QUEUE, package_versions, problem
 
 Step = Callable[[], object]
 # loss, rows, dimension, products of N x M x D that the least arithmetic takes: the symmetric matrix is formed once,

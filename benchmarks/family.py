@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from statistics import median
@@ -25,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fastcl import functional, reference
+from fastcl._bench import nothing_kept
 from fastcl._info import commit, cpu_model, versions
-from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
+from fastcl._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 from fastcl.testing import CASES, LossCase
 
@@ -96,17 +96,6 @@ def measure(case: LossCase, n: int, dim: int, rounds: int, skipped: dict[str, st
     }
 
 
-@contextmanager
-def nothing_kept() -> Iterator[None]:
-    """The native kernels without their cache. FASTCL_WORKSPACE_MB=0 would also shrink the tiles of ``chunked``."""
-    native.release_workspace()
-    budget, native._WORKSPACE = native._WORKSPACE, 0
-    try:
-        yield
-    finally:
-        native._WORKSPACE = budget
-
-
 def too_large(
     before: dict[str, Any] | None, n: int, contender: str, gigabytes: float, call_seconds: float
 ) -> str | None:
@@ -116,13 +105,8 @@ def too_large(
     if reason := before["skipped"].get(contender):
         return str(reason)
     factor = (n / before["size"]) ** (before["order"] if contender == "dense" else 2)
-    memory = before["peak_bytes"][contender] * factor / 1e9
-    seconds = before["median_seconds"][contender] * factor
-    if memory > gigabytes:
-        return f"would need about {memory:.2g} GB, the limit is {gigabytes:g}"
-    if seconds > call_seconds:
-        return f"would take about {seconds:.2g} s a call, the limit is {call_seconds:g}"
-    return None
+    memory, seconds = before["peak_bytes"][contender] * factor, before["median_seconds"][contender] * factor
+    return beyond(memory, seconds, gigabytes, call_seconds)
 
 
 def growth(rows: list[dict[str, Any]], loss: str, contender: str) -> float | None:

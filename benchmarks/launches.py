@@ -13,9 +13,9 @@ from statistics import median
 import torch
 
 from fastcl import use_backend
+from fastcl._peers import Problem, problem
 
 from .gpu import DEVICE, KERNELS, SHAPES, _seconds
-from .peers import Problem, problem
 
 SHOWN = 7
 

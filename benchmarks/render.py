@@ -299,6 +299,46 @@ def dropins(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{_measured(result)}{note} What refutes a claim: {found}."
 
 
+def peers(result: dict[str, Any]) -> str:
+    """What ``fastcl bench --peers`` wrote: a line per loss and contender, at the largest batch that eager managed."""
+    settings = result["settings"]
+    dtype, budget = settings["dtype"], settings["memory_mb"]
+    last = {row["loss"]: row["rows"] for row in result["rows"] if row["contender"] == "eager" and not row["skipped"]}
+    errors = {
+        (row["loss"], row["contender"], row["batch"], row["temperature"]): row["gradient_error"]
+        for row in result["errors"]
+        if row["dtype"] == dtype
+    }
+    largest = {(row["loss"], row["contender"]): row for row in result["largest"]}
+    shown = [("easy", 0.07), ("easy", 0.01), ("hard", 0.01)]
+    rows = []
+    for row in result["rows"]:
+        if row["rows"] != last.get(row["loss"], row["rows"]):
+            continue
+        key = (row["loss"], row["contender"])
+        cells = [f"skipped: {row['skipped']}", "", ""]
+        if not row["skipped"]:
+            cells = [_digits(row["median_seconds"] * 1e3), "", _digits(row["peak_bytes"] / 1e6)]
+            cells[1] = "" if row["of_eager"] is None else f"{row['of_eager']:.2f} x"
+        far = [errors.get((*key, *at), "") for at in shown]
+        most = largest.get(key, {"rows": "", "limited_by": "memory"})
+        more = {"memory": "", "time": " or more", "size": " or more"}.get(
+            most["limited_by"], f" ({most['limited_by']})"
+        )
+        batch = "none" if most["rows"] is None else f"{most['rows']:,}{more}" if most["rows"] else ""
+        cells += ["not finite" if e is None else e and f"{e:.0e}" for e in far]
+        rows.append([row["loss"], f"{row['rows']:,}", row["contender"], *cells, *([batch] if budget else [])])
+    head = ["loss", "N", "contender", "ms", "time of eager", "peak MB"]
+    head += [f"gradient error, {batch}, tau {tau:g}" for batch, tau in shown]
+    head += [f"largest batch in {budget:g} MB"] if budget else []
+    versions = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version)
+    absent = "; ".join(f"{name} ({reason})" for name, reason in result["missing"].items())
+    return (
+        f"{markdown(head, rows)}\n\n{_measured(result)} D = {settings['dim']}, {dtype}; {versions}."
+        f"{f' Not here: {absent}.' if absent else ''}"
+    )
+
+
 def gradients(result: dict[str, Any]) -> str:
     """What ``benchmarks/ranks.py`` wrote of gradients: their factors against those of one process."""
 
@@ -405,6 +445,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "aot": ("aot.json", aot),
     "predicted": ("predicted-h200.json", predicted),
     "dropins-cpu": ("dropins-cpu.json", dropins),
+    "peers-cpu": ("peers-cpu.json", peers),
     "gradients-of-ranks": ("ranks-cpu.json", gradients),
     "ranks-cpu": ("ranks-cpu.json", ranks),
     "grad_cache-cpu": ("grad_cache-cpu.json", grad_cache),

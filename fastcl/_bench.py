@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from statistics import median
@@ -79,7 +80,7 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
             progress(_line(row))
             rows.append(row)
     return {
-        "command": _command(settings),
+        "command": command(settings),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "versions": versions(),
@@ -119,29 +120,48 @@ def contenders(
     return steps
 
 
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """The native kernels without their cache. FASTCL_WORKSPACE_MB=0 would also shrink the tiles of ``chunked``."""
+    native.release_workspace()
+    budget, native._WORKSPACE = native._WORKSPACE, 0
+    try:
+        yield
+    finally:
+        native._WORKSPACE = budget
+
+
 def plot(result: dict[str, Any], file: str) -> None:
     """Write time and peak memory over N, both axes logarithmic, as a PNG.
 
     Raises:
         RuntimeError: matplotlib is not installed.
     """
+    settings, machine = result["settings"], result["machine"]
+    title = f"{settings['loss']}, D = {settings['dim']}, {settings['dtype']}, {where(machine)}"
+    time_and_memory(result["rows"], title, lambda name: name in DENSE).savefig(file, format="png", dpi=120)
+
+
+def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[str], bool]) -> Any:
+    """A figure of two panels, a line per contender. Raises as ``plot`` does."""
     figure = need_matplotlib().Figure(figsize=(9, 4), layout="constrained")
     panels = (("median_seconds", 1e3, "ms, forward + backward"), ("peak_bytes", 1e-6, "peak memory, MB"))
     for axes, (key, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name in dict.fromkeys(row["contender"] for row in result["rows"]):
-            measured = [row for row in result["rows"] if row["contender"] == name and row[key] is not None]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            measured = [row for row in rows if row["contender"] == name and row[key] is not None]
             x, y = [row["rows"] for row in measured], [row[key] * unit for row in measured]
-            axes.plot(x, y, "--o" if name in DENSE else "-o", label=name, markersize=4)
+            axes.plot(x, y, "--o" if dashed(name) else "-o", label=name, markersize=4)
         axes.set(xlabel="rows N", ylabel=label, yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        axes.legend()
-    settings, machine = result["settings"], result["machine"]
-    figure.suptitle(
-        f"{settings['loss']}, D = {settings['dim']}, {settings['dtype']}, "
-        f"{machine['device']}, {machine['threads']} CPU thread(s)"
-    )
-    figure.savefig(file, format="png", dpi=120)
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The machine of a result, for a title."""
+    return f"{machine['device']}, {machine['threads']} CPU thread(s)"
 
 
 def need_matplotlib() -> Any:
@@ -150,7 +170,9 @@ def need_matplotlib() -> Any:
         return importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise RuntimeError(
-            sentence("--plot without matplotlib", "matplotlib to be installed", 'Run: pip install "fastcl[bench]"')
+            sentence(
+                "--plot or --plots without matplotlib", "matplotlib to be installed", 'Run: pip install "fastcl[bench]"'
+            )
         ) from error
 
 
@@ -224,28 +246,47 @@ def _line(row: dict[str, Any]) -> str:
 def _checked(settings: Settings) -> tuple[Settings, torch.device]:
     choice("loss", settings.loss, tuple(LOSSES))
     choice("dtype", settings.dtype, DTYPES)
-    for name in ("dim", "rounds", "threads"):
+    at_least_one(settings, "dim", "rounds", "threads")
+    check_rows(settings.rows, LOSSES[settings.loss].rows(1)[0])
+    device = device_named(settings.device)
+    return replace(settings, device=device.type), device
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Each of these numbers is 1 or more, or ``None``."""
+    for name in names:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(sentence(f"{name} = {value}", "1 or more", "Choose a larger number."))
-    views = LOSSES[settings.loss].rows(1)[0]
-    for n in settings.rows:
+
+
+def check_rows(rows: Iterable[int], views: int) -> None:
+    """Every number of rows is at least 2, and a multiple of so many views."""
+    for n in rows:
         if n < 2 or n % views:
             expected = "an even number of rows, at least 2" if views == 2 else "2 rows or more"
             raise ValueError(sentence(f"rows = {n}", expected, "Choose another batch size."))
-    name = settings.device
+
+
+def device_named(name: str) -> torch.device:
+    """The device of ``--device``, which is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     choice("device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(sentence("device = cuda", "a CUDA device that torch can see", "Use --device cpu here."))
-    return replace(settings, device=name), torch.device(name)
+    return torch.device(name)
 
 
-def _command(settings: Settings) -> str:
+def command(settings: Any) -> str:
+    """The words that measure the same again: a field is a flag."""
     words = ["fastcl bench"]
     for name, value in asdict(settings).items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-            words.append(f"--{name.replace('_', '-')} {text}")
+        flag = f"--{name.replace('_', '-')}"
+        if value is True or value is None or value == ():
+            continue
+        if value is False:
+            words.append(flag.replace("--", "--no-", 1))
+        else:
+            words.append(f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(words)

@@ -38,6 +38,15 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
     return peak
 
 
+def beyond(peak: float, seconds: float, gigabytes: float, call_seconds: float) -> str | None:
+    """Why something is not run that is expected to need so many bytes and seconds; ``None`` within the limits."""
+    if peak > gigabytes * 1e9:
+        return f"would need about {peak / 1e9:.2g} GB, the limit is {gigabytes:g}"
+    if seconds > call_seconds:
+        return f"would take about {seconds:.2g} s a call, the limit is {call_seconds:g}"
+    return None
+
+
 def interleaved_seconds(
     contenders: Mapping[str, Callable[[], object]],
     *,

@@ -24,6 +24,7 @@ from .trainer import evaluation
 from .trainer.errors import TrainError
 
 _STDOUT = "-"
+_BENCH_FLAGS: set[str] = set()  # names of what only `fastcl bench` knows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,20 +75,29 @@ def _selftest(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from . import _bench
+    from . import _bench, _compare
 
-    _check_folder("--plot", args.plot)
-    if args.plot:
+    by_peers = hasattr(args, "peers")
+    measure: Any = _compare if by_peers else _bench
+    known = {f.name for f in fields(measure.Settings)} | {"plots" if by_peers else "plot"}
+    for name in _BENCH_FLAGS & set(vars(args)) - known:
+        flag = f"--{'no-compile' if name == 'compile' else name.replace('_', '-')}"
+        words = (f"{flag} with --peers", "a flag of fastcl bench --peers") if by_peers else (flag, "--peers beside it")
+        raise ValueError(sentence(*words, "See fastcl bench --help."))
+    drawn = getattr(args, "plots" if by_peers else "plot", None)
+    if not by_peers:
+        _check_folder("--plot", drawn)
+    if drawn:
         _bench.need_matplotlib()  # before minutes of measuring, not after
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr if args.json == _STDOUT else sys.stdout, flush=True)
 
-    given = {f.name: getattr(args, f.name) for f in fields(_bench.Settings)}
-    result = _bench.run(_bench.Settings(**given), progress)
+    given = {name: value for name, value in vars(args).items() if name in _BENCH_FLAGS - {"plot", "plots"}}
+    result = measure.run(measure.Settings(**given), progress)
     _write_json(result, args.json)
-    if args.plot:
-        _bench.plot(result, args.plot)
+    if drawn:
+        measure.plot(result, drawn)
     return 0
 
 
@@ -144,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(selftest)
     selftest.set_defaults(execute=_selftest)
 
-    bench = commands.add_parser("bench", help="time and peak memory, dense against fastcl")
+    bench = commands.add_parser("bench", help="time and peak memory, dense against fastcl, or against other libraries")
     _add_bench(bench)
     _add_json(bench)
     bench.set_defaults(execute=_bench)
@@ -182,28 +192,49 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     from ._bench import DTYPES, LOSSES, Settings
+    from ._compare import Settings as Side
 
-    default = Settings()
+    def add(flag: str, help: str, default: Any = None, *, to: Any = parser, **options: Any) -> None:
+        """What is not given is not there: the defaults are those of the settings."""
+        if default is not None:
+            text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            help = f"{help} (default: {text})"
+        _BENCH_FLAGS.add(to.add_argument(flag, default=argparse.SUPPRESS, help=help, **options).dest)
 
-    def add(flag: str, help: str, **options: Any) -> None:
-        value = getattr(default, flag.removeprefix("--").replace("-", "_"))
-        parser.add_argument(flag, default=value, help=help, **options)
-
-    add("--loss", "which loss (default: %(default)s)", choices=tuple(LOSSES))
-    rows = ",".join(map(str, default.rows))
-    add("--rows", f"rows of the matrix: views, not images (default: {rows})", type=_integers, metavar="N,N,...")
-    add("--dim", "features per row (default: %(default)s)", type=int)
-    add("--dtype", "of the rows (default: %(default)s)", choices=DTYPES)
-    add("--device", "where to compute (default: %(default)s)", choices=("auto", "cpu", "cuda"))
-    add("--rounds", "calls of each contender, taking turns (default: %(default)s)", type=int)
+    plain, side = Settings(), Side()
+    add("--rows", "rows of the matrix: views, not images", plain.rows, type=_integers, metavar="N,N,...")
+    add("--dim", "features per row", plain.dim, type=int)
+    add("--dtype", "of the rows", plain.dtype, choices=DTYPES)
+    add("--device", "where to compute", plain.device, choices=("auto", "cpu", "cuda"))
+    add("--rounds", "calls of each contender, taking turns", plain.rounds, type=int)
     add("--threads", "CPU threads (default: torch decides)", type=int)
     add(
         "--dense-limit-gb",
-        "skip a dense contender where it would need more memory than this (default: %(default)s)",
+        "skip a contender where it would need more memory than this",
+        plain.dense_limit_gb,
         type=float,
         metavar="GB",
     )
-    parser.add_argument("--plot", metavar="FILE", help="also write time and memory over N as a PNG")
+    alone = parser.add_argument_group("one loss, dense against fastcl")
+    add("--loss", "which loss", plain.loss, to=alone, choices=tuple(LOSSES))
+    add("--plot", "also write time and memory over N as a PNG", to=alone, metavar="FILE")
+    peers = parser.add_argument_group("fastcl beside every library that is installed (nothing is installed for it)")
+    add(
+        "--peers",
+        f"measure that, of all or of these losses: {', '.join(side.peers)}; --rows is then "
+        f"{','.join(map(str, side.rows))} unless given",
+        to=peers,
+        nargs="?",
+        const=side.peers,
+        type=_words,
+        metavar="LOSS,...",
+    )
+    add("--backends", "of fastcl (default: all that can)", to=peers, type=_words, metavar="NAME,...")
+    add("--queue", "keys of MoCo's queue", side.queue, to=peers, type=int, metavar="N")
+    add("--call-seconds", "skip what would take longer a call", side.call_seconds, to=peers, type=float, metavar="S")
+    add("--memory-mb", "also search the largest batch within such a peak", to=peers, type=float, metavar="MB")
+    add("--no-compile", "leave out torch.compile", to=peers, dest="compile", action="store_false")
+    add("--plots", "also write plots into this folder", to=peers, metavar="DIR")
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +245,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kinds",
         default=default.kinds,
-        type=lambda text: tuple(text.split(",")),
+        type=_words,
         metavar="KIND,...",
         help=f"which launches (default: {kinds})",
     )
@@ -254,6 +285,10 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(sentence(text, "integers with commas between them", "Try 512,1024.")) from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _check_folder(flag: str, file: str | None) -> None:

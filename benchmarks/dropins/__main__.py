@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.family import nothing_kept
+from fastcl._bench import nothing_kept
 from fastcl._info import commit, cpu_model, versions
-from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
+from fastcl._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 
 from . import LIBRARIES, Case, Draw, backward, cases, missing, upstream_version
@@ -66,11 +66,8 @@ def skipped(case: Case, n: int, before: dict[str, Any] | None, gigabytes: float,
     if before is None or "original" not in before["peak_bytes"]:
         return before and before["skipped"]
     factor = (n / before["size"]) ** 2
-    memory = before["peak_bytes"]["original"] * factor / 1e9
-    seconds = before["median_seconds"]["original"] * factor
-    if memory > gigabytes:
-        return f"would need about {memory:.2g} GB, the limit is {gigabytes:g}"
-    return f"would take about {seconds:.2g} s a call, the limit is {limit:g}" if seconds > limit else None
+    memory, seconds = before["peak_bytes"]["original"] * factor, before["median_seconds"]["original"] * factor
+    return beyond(memory, seconds, gigabytes, limit)
 
 
 def findings(rows: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ upstream = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch
 
 from benchmarks.dropins import pytorch_metric_learning as cases  # noqa: E402
 from benchmarks.dropins.pytorch_metric_learning import part  # noqa: E402
-from benchmarks.family import nothing_kept  # noqa: E402
+from fastcl._bench import nothing_kept  # noqa: E402
 from fastcl._measure import peak_bytes  # noqa: E402
 from fastcl.integrations import pytorch_metric_learning as ours  # noqa: E402
 

@@ -16,7 +16,7 @@ upstream = pytest.importorskip(
 )
 
 from benchmarks.dropins.sentence_transformers import WORDS, pair, tiny_model  # noqa: E402
-from benchmarks.family import nothing_kept  # noqa: E402
+from fastcl._bench import nothing_kept  # noqa: E402
 from fastcl._measure import peak_bytes  # noqa: E402
 from fastcl.integrations import sentence_transformers as ours  # noqa: E402
 
