@@ -1,6 +1,8 @@
 """Time and peak memory of every loss in ``fastcl.testing.CASES``, dense against fastcl: a pytest-benchmark file.
 
 OMP_NUM_THREADS=1 pytest benchmarks/bench_losses.py --benchmark-json losses.json
+
+``benchmarks.regressions`` compares what that wrote with an earlier run.
 """
 
 from __future__ import annotations

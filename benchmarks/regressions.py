@@ -5,10 +5,11 @@ r"""Which loss became slower or hungrier: ratios to eager in one run, against th
     python -m benchmarks.regressions losses.json            compares with benchmarks/results/losses-cpu.json
     python -m benchmarks.regressions losses.json --store    makes this run the one to compare with
 
-A ratio is a contender's median time, or peak memory, over that of *dense* (eager: ``fastcl.reference``) in the same
-run, so that another machine changes it little; the timer counts CPU time of one thread, so that a busy one changes it
-little too (on a GPU leave it out: it would count the host's). Rows that were skipped beside dense have none. More than
-a quarter above the stored ratio is a regression, and the exit code is 1. Needs nothing but Python, but for ``--store``.
+A ratio is the time of a contender's fastest round, or its peak memory, over that of *dense* (eager, which is
+``fastcl.reference``) in the same run, so that another machine changes it little. The timer counts CPU time of one thread,
+so that a busy machine changes it little too; on a GPU leave it out: it would count the host's. Where dense was skipped
+there is no ratio. More than a quarter above the stored one is a regression, and the exit code is 1. Needs nothing but
+Python, but for ``--store``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def ratios(run: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         benchmarks = [
-            (b["group"], b["extra_info"]["contender"], b["stats"]["median"], {**b["extra_info"], **b["options"]})
+            (b["group"], b["extra_info"]["contender"], b["stats"]["min"], {**b["extra_info"], **b["options"]})
             for b in run["benchmarks"]
         ]
     except (KeyError, TypeError) as error:
@@ -66,15 +67,15 @@ def ratios(run: dict[str, Any]) -> dict[str, Any]:
     sizes = {tuple(extra[name] for name in _SIZES) for *_, extra in benchmarks}
     if len(sizes) != 1:
         raise ValueError(f"got {len(sizes)} sizes; expected one. Measure again, all in one run.")
-    eager = {loss: (median, extra["peak_bytes"]) for loss, name, median, extra in benchmarks if name == EAGER}
+    eager = {loss: (fastest, extra["peak_bytes"]) for loss, name, fastest, extra in benchmarks if name == EAGER}
     rows = [
         {
             "loss": loss,
             "contender": name,
-            "time": median / eager[loss][0],
+            "time": fastest / eager[loss][0],
             "memory": extra["peak_bytes"] / eager[loss][1],
         }
-        for loss, name, median, extra in benchmarks
+        for loss, name, fastest, extra in benchmarks
         if name not in _NOT_OURS and loss in eager
     ]
     return {"size": dict(zip(_SIZES, sizes.pop(), strict=True)), "rows": rows}

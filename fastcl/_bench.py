@@ -144,7 +144,7 @@ def plot(result: dict[str, Any], file: str) -> None:
 
 def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[str], bool]) -> Any:
     """A figure of two panels, a line per contender. Raises as ``plot`` does."""
-    figure = need_matplotlib().Figure(figsize=(9, 4), layout="constrained")
+    figure = need_matplotlib().Figure(figsize=(10, 5), layout="constrained")
     panels = (("median_seconds", 1e3, "ms, forward + backward"), ("peak_bytes", 1e-6, "peak memory, MB"))
     for axes, (key, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for name in dict.fromkeys(row["contender"] for row in rows):
@@ -154,7 +154,7 @@ def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[st
         axes.set(xlabel="rows N", ylabel=label, yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     figure.suptitle(title)
     return figure
 

@@ -38,6 +38,7 @@ _OURS = "fastcl "
 _ERROR_ROWS, _ERROR_QUEUE = 256, 4096  # a batch whose errors are those of larger ones, and quick in fp64
 _CHECKED = 2**24  # logits whose fp64 form is computed beside a measured time
 _MATRICES = 12  # as many matrices of logits may live at once, where a contender was not seen at a smaller size
+_DRAWN = 10.0  # the largest error in a plot
 _FIRST, _LAST = 64, 2**24  # rows that the search for the largest batch begins and ends with
 _PRECISION = 32  # it ends where the next step would change the batch by less than one in so many
 
@@ -329,13 +330,16 @@ def _errors_figure(rows: list[dict[str, Any]], title: str) -> Any:
             for name in dict.fromkeys(row["contender"] for row in rows):
                 of = [row for row in rows if (row["contender"], row["batch"]) == (name, batch) and row[key]]
                 style = ":" if name == ROUNDED else "-o" if name.startswith(_OURS) else "--o"
-                axes.plot([r["temperature"] for r in of], [r[key] for r in of], style, label=name, markersize=4)
+                axes.plot(
+                    [r["temperature"] for r in of], [min(r[key], _DRAWN) for r in of], style, label=name, markersize=4
+                )
             axes.set(title=f"{batch} batch", ylabel=f"relative error of the {label}", xscale="log", yscale=scale)
             axes.grid(alpha=0.3)
     for axes in panels[1]:
         axes.set(xlabel="temperature")
-    panels[0][1].legend(fontsize="small")
-    figure.suptitle(f"{title}; not drawn: exact, or not finite")
+    names = panels[0][0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=5, fontsize="small")
+    figure.suptitle(f"{title}; {_DRAWN:g} stands for more, and what is exact or not finite is not drawn")
     return figure
 
 
