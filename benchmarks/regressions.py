@@ -6,10 +6,10 @@ r"""Which loss became slower or hungrier: ratios to eager in one run, against th
     python -m benchmarks.regressions losses.json --store    makes this run the one to compare with
 
 A ratio is the time of a contender's fastest round, or its peak memory, over that of *dense* (eager, which is
-``fastcl.reference``) in the same run, so that another machine changes it little. The timer counts CPU time of one thread,
-so that a busy machine changes it little too; on a GPU leave it out: it would count the host's. Where dense was skipped
-there is no ratio. More than a quarter above the stored one is a regression, and the exit code is 1. Needs nothing but
-Python, but for ``--store``.
+``fastcl.reference``) in the same run, so that another machine changes it little. The timer counts CPU time of one
+thread, so that a busy machine changes it little too; on a GPU leave it out: it would count the host's. Where dense was
+skipped there is no ratio. More than a quarter above the stored one is a regression, and the exit code is 1. Needs
+nothing but Python, but for ``--store``.
 """
 
 from __future__ import annotations
