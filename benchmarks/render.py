@@ -178,8 +178,8 @@ def digits(result: dict[str, Any]) -> str:
         probes.setdefault(("random encoder", str(run["seed"])), run["probe"]["random"])
     for run in result["rows"]:
         probes[f"{run['method']}, {run['steps']} steps", str(run["seed"])] = run["probe"]["trained"]
-    control = result["control"]
-    probes["control: shuffled pairs", str(control["seed"])] = control["probe"]["trained"]
+    for run in (result["control"], *result["more_controls"]):
+        probes[f"{run['method']}, control: {run['control']}", str(run["seed"])] = run["probe"]["trained"]
     rows = [
         [what, seed, _spread(probe["few10"]), _spread(probe["few1"]), f"{probe['linear']:.1f}", f"{probe['knn']:.1f}"]
         for (what, seed), probe in probes.items()
@@ -206,6 +206,28 @@ def loss_share(result: dict[str, Any]) -> str:
         rows.append([f"`{method}`", f"{min(shares):.1%} to {max(shares):.1%}", *megabytes])
     head = ["method", "share of a step", "peak MB of the loss, dense", "fastcl"]
     return f"{markdown(head, rows)}\n\n{_measured(result)} {result['rows'][0]['loss_peak_images']} images per step."
+
+
+def fashion_mnist(result: dict[str, Any]) -> str:
+    """What ``benchmarks/fashion_mnist.py`` wrote: probes of one run, and how two losses train alike."""
+    run, gentle, own = result["run"], result["gentle"], result["own"]
+    names = {"raw": "raw pixels", "random": "random encoder", "trained": f"{run['method']}, {run['steps']} steps"}
+    rows = [
+        [name, _spread(probe["few10"]), _spread(probe["few1"]), f"{probe['linear']:.1f}", f"{probe['knn']:.1f}"]
+        for name, probe in ((name, run["probe"][key]) for key, name in names.items())
+    ]
+    head = ["features", "10 labels per class", "1 label per class", "all labels", "kNN"]
+    megabytes = {name: _digits(value / 1e6) for name, value in run["loss_peak_bytes"].items()}
+    checks = result["checks"].values()
+    note = (
+        f"The run took {run['seconds'] / 60:.1f} minutes. Losses of {gentle['steps']} steps from one seed, fused and "
+        f"dense, differ by at most {gentle['fused, dense']:.0e} at a learning rate of "
+        f"{gentle['settings']['learning_rate']:.0e}; at the run's by {own['fused, dense']:.0e}, where two dense losses "
+        f"that are rounded differently do by {own['dense, swapped']:.0e}. The loss of {run['loss_peak_images']} images "
+        f"takes {megabytes['fastcl']} MB fused and {megabytes['dense']} MB dense. {sum(checks)} of the {len(checks)} "
+        "requirements in `benchmarks/fashion_mnist.py` hold."
+    )
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {note}"
 
 
 def aot(result: dict[str, Any]) -> str:
