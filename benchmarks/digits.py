@@ -33,6 +33,8 @@ def main() -> int:
         # Nothing learned: no better than random weights. No negatives but the first ones: away from them all together.
         untrained = _train(folder, method="simclr", seed=0, control="no-training")
         frozen = _train(folder, method="moco", seed=0, control="frozen-queue")
+        # All negatives weigh the same, so little is to be gained; what there is a probe need not see, but the loss does.
+        hot = _train(folder, method="simclr", seed=0, temperature=100.0, output=f"{folder}/hot")
         again = _train(folder, method="simclr", seed=0, output=f"{folder}/again")
         curves = [Path(folder, name, "metrics.csv").read_bytes() for name in ("simclr-0-None", "again")]
     checks = {
@@ -42,6 +44,7 @@ def main() -> int:
         "no training: few10 at most random + 2": _few10(untrained, "trained") <= _few10(untrained, "random") + 2,
         "frozen queue: effective rank at most 5": frozen["embeddings"]["effective_rank"] <= 5,
         "frozen queue: few10 below raw + 5": _few10(frozen, "trained") < _few10(frozen, "raw") + 5,
+        "temperature 100: loss above ln(2N-1) - 0.05": hot["loss"] > CHANCE - 0.05,
         "same seed twice: identical metrics": curves[0] == curves[1]
         and all(rows[0][key] == again[key] for key in ("loss", "probe")),
     }
@@ -56,7 +59,7 @@ def main() -> int:
                 "checks": checks,
                 "rows": rows,
                 "control": control,
-                "more_controls": [untrained, frozen],
+                "more_controls": [untrained, frozen, hot | {"control": "temperature 100"}],
                 "repeat": again,
             },
             indent=2,
