@@ -33,7 +33,7 @@ def main() -> int:
         # Nothing learned: no better than random weights. No negatives but the first ones: away from them all together.
         untrained = _train(folder, method="simclr", seed=0, control="no-training")
         frozen = _train(folder, method="moco", seed=0, control="frozen-queue")
-        # All negatives weigh the same, so little is to be gained; what there is a probe need not see, but the loss does.
+        # All negatives weigh the same, so the loss has little to gain; a probe need not see that.
         hot = _train(folder, method="simclr", seed=0, temperature=100.0, output=f"{folder}/hot")
         again = _train(folder, method="simclr", seed=0, output=f"{folder}/again")
         curves = [Path(folder, name, "metrics.csv").read_bytes() for name in ("simclr-0-None", "again")]
