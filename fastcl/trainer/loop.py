@@ -119,12 +119,15 @@ def _run(
 
         parallel = ranks.parallel(method, config)
 
+        def images(of_step: int) -> list[int]:
+            at: list[int] = _images(config, data, of_step)[1].tolist()
+            return at
+
         with ExitStack() as stack:
             request = stack.enter_context(requests(insist=ranks.count == 1))
             guard = Guard(method, ranks, request, in_a_row(history))
             if ranks.first:
                 progress = stack.enter_context(Progress(config.steps, start, device))
-                images = lambda step: _images(config, data, step)[1].tolist()  # noqa: E731
                 records = stack.enter_context(Records(folder, history, images, data.decoder, progress.say))
             how = config.chunk, config.accumulate, config.precision, scaler, parallel, guard
             if ranks.count > 1:
