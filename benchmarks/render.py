@@ -462,6 +462,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "family-cpu": ("family-cpu.json", family),
     "digits": ("digits.json", digits),
     "digits-loss": ("digits.json", loss_share),
+    "fashion-mnist": ("fashion_mnist.json", fashion_mnist),
     "native-cpu": ("native-cpu.json", native),
     "examples": ("examples.json", examples),
     "aot": ("aot.json", aot),
