@@ -65,8 +65,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """FASTCL_FAILURES=FILE: failures as they come, for a lent machine that may be gone before pytest's summary."""
-    file = os.environ.get("FASTCL_FAILURES")
+    """TEST_FAILURES=FILE: failures as they come, for a lent machine that may be gone before pytest's summary."""
+    file = os.environ.get("TEST_FAILURES")
     if report.failed and file and "PYTEST_XDIST_WORKER" not in os.environ:  # the process that collects them has it, too
         with Path(file).open("a", encoding="utf-8") as log:
             log.write(f"{report.nodeid}\n{report.longreprtext}\n\n")
