@@ -82,8 +82,9 @@ def _bench(args: argparse.Namespace) -> int:
     known = {f.name for f in fields(measure.Settings)} | {"plots" if by_peers else "plot"}
     for name in _BENCH_FLAGS & set(vars(args)) - known:
         flag = f"--{'no-compile' if name == 'compile' else name.replace('_', '-')}"
-        words = (f"{flag} with --peers", "a flag of fastcl bench --peers") if by_peers else (flag, "--peers beside it")
-        raise ValueError(sentence(*words, "See fastcl bench --help."))
+        got = f"{flag} with --peers" if by_peers else flag
+        expected = "a flag of fastcl bench --peers" if by_peers else "--peers beside it"
+        raise ValueError(sentence(got, expected, "See fastcl bench --help."))
     drawn = getattr(args, "plots" if by_peers else "plot", None)
     if not by_peers:
         _check_folder("--plot", drawn)

@@ -481,6 +481,9 @@ OTHERS = {
     "the embedded digits ({} bytes) do not match their checksum. ": "what is expected is a whole file",
     "train/ and val/ in {} have different classes. ": "what is expected is the contrary",
     "{} is not in {} ({}). Name its folder": "what is expected is the data set",
+    "its kernels need a CUDA device": "caught: why a library is not compared with",
+    "torch {} does not have it": "the same",
+    "No module named 'solo'": "the same",
     "{} The digits (--data digits) do without.": "goes on where the message of a missing package ends",
 }
 # The trainer also passes on what the machine says: what cannot be done (the reason), and how to mend it. Its users see

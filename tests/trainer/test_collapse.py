@@ -94,7 +94,7 @@ def test_a_run_keeps_them_in_its_metrics_its_events_and_its_result(short_run: tu
     folder, result = short_run
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "loss", "learning_rate", "knn", "few10", *MONITORS]
+    assert list(rows[0]) == ["step", "loss", "learning_rate", "knn", "few10", *MONITORS, "skipped"]
     assert [int(row["step"]) for row in rows if row["effective_rank"]] == [12, 24]
     assert {name: float(rows[-1][name]) for name in MONITORS} == result["embeddings"]
     events = EventAccumulator(str(folder))
