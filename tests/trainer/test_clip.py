@@ -183,18 +183,21 @@ def test_classes_are_the_mean_of_their_prompts() -> None:
 def test_recall_counts_pairs_that_find_each_other_and_equal_texts() -> None:
     method, unit = clip().eval(), torch.nn.functional.normalize
     texts = [f"number {i % 30}" for i in range(40)]  # ten of them twice
-    features = torch.randn(40, 128)
     with torch.no_grad():
-        cosines = unit(method.head(features)) @ unit(method.text_head(method.text_encoder(tokens(texts, 64)))).T
-    recall = method.retrieval(features, texts)
-    for way, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
-        found = [i % 30 == j % 30 for i, j in enumerate(matrix.argmax(1).tolist())]
-        assert recall[way] == pytest.approx(100 * sum(found) / 40)
-    with torch.no_grad():  # a perfect one: images are what the text is, for heads that agree
-        method.head.weight.copy_(torch.eye(64, 128))
-        read = method.text_head(method.text_encoder(tokens(texts, 64)))
-    recall = method.retrieval(torch.cat([read, torch.zeros(40, 64)], 1), texts)
-    assert recall == {"image_to_text": 100, "text_to_image": 100}
+        method.head.weight.copy_(torch.eye(64, 128))  # so that images are what their features are
+        words = method.text_head(method.text_encoder(tokens(texts, 64)))
+    seen = words.clone()
+    seen[:12] = words[12]  # a dozen images look like a thirteenth; its text, and theirs, find one of them
+    found = {}
+    for images in (words, seen):
+        recall = method.retrieval(torch.cat([images, torch.zeros(40, 64)], 1), texts)
+        cosines = unit(images) @ unit(words).T
+        for way, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
+            right = [i % 30 == j % 30 for i, j in enumerate(matrix.argmax(1).tolist())]
+            assert recall[way] == pytest.approx(100 * sum(right) / 40), way
+        found[images is seen] = recall
+    assert found[False] == {"image_to_text": 100, "text_to_image": 100}
+    assert found[True]["image_to_text"] == 70 != found[True]["text_to_image"]
 
 
 def test_a_data_set_with_captions_needs_no_labels_to_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
