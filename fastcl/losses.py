@@ -43,7 +43,8 @@ class _Loss(nn.Module):
         self, *, normalize: bool = True, reduction: str = "mean", process_group: Any = None, **ranks: Any
     ) -> None:
         super().__init__()
-        _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.flag(normalize=normalize)
         self.normalize = normalize
         self.reduction = reduction
         self.ranks: Ranks | None = None
@@ -93,6 +94,7 @@ class _TemperatureLoss(_Loss):
     def __init__(self, temperature: Scalar = 0.1, *, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__(**options)
         _checks.scalar("temperature", temperature, positive=True)
+        _checks.flag(learn_temperature=learn_temperature)
         self.log_scale: nn.Parameter | None
         if learn_temperature:
             if isinstance(temperature, Tensor):
@@ -129,7 +131,7 @@ class _TwoViewLoss(_TemperatureLoss):
             _checks.same_rows(**{f"view{i}": view for i, view in enumerate(given)})
             return torch.cat(given), len(given)
         (z,) = given
-        if isinstance(z, Tensor) and z.ndim == 3:
+        if _holds_views(z):
             return z.transpose(0, 1).flatten(0, 1), z.shape[1]
         _checks.stacked(z)
         return z, 2
@@ -169,7 +171,7 @@ class NTXentLoss(_TwoViewLoss):
         weights: Tensor | None = None,
     ) -> Tensor:
         z, views = view0, 2
-        if labels is None or view1 is not None or view0.ndim == 3:
+        if labels is None or view1 is not None or _holds_views(view0):
             z, views = self._stack(view0, view1, *more_views)
             if labels is not None:
                 _checks.vector("labels", labels, len(view0), view0, integer=True)
@@ -326,7 +328,7 @@ class GISTLoss(_TemperatureLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
-        _checks.choice("margin_strategy", margin_strategy, ("absolute", "relative"))
+        _checks.choice("margin_strategy", margin_strategy, _checks.MARGIN_STRATEGIES)
         self.margin, self.margin_strategy = margin, margin_strategy
         self.contrast_anchors, self.contrast_positives = contrast_anchors, contrast_positives
 
@@ -529,7 +531,7 @@ class SupConLoss(_TemperatureLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
-        _checks.choice("form", form, ("out", "in"))
+        _checks.choice("form", form, _checks.FORMS)
         _checks.choice("contrast_mode", contrast_mode, ("all", "one"))
         self.form, self.contrast_mode, self.base_temperature = form, contrast_mode, base_temperature
 
@@ -541,7 +543,7 @@ class SupConLoss(_TemperatureLoss):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        stacked = isinstance(z, Tensor) and z.ndim == 3
+        stacked = _holds_views(z)
         _checks.rows(z=z[:, :1].flatten(0, 1) if stacked else z)
         views = z.shape[1] if stacked else 1
         n = len(z)
@@ -632,7 +634,7 @@ class BatchTripletLoss(_Loss):
     ) -> None:
         super().__init__(**options)
         _checks.choice("mining", mining, ("hard", "semi-hard", "all"))
-        _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.mining, self.distance = margin, mining, distance
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -751,6 +753,11 @@ class CosFaceLoss(_Loss):
         return self._evaluate(
             F.cosface, z, self.proxies, labels, scale=self.scale, margin=self.margin, weights=weights, **self._options
         )
+
+
+def _holds_views(z: Tensor) -> bool:
+    """Whether one tensor holds several views of each image, ``(B, V, D)``."""
+    return isinstance(z, Tensor) and z.ndim == 3
 
 
 def _classes(mask: Tensor, z: Tensor) -> Tensor:

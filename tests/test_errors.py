@@ -7,8 +7,10 @@ Each module has tests of its own for when it refuses; here stand the words, whol
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from fastcl import functional as F
 from fastcl import pairwise as P
 from fastcl.backends import forced
 from fastcl.distributed import Ranks
+from fastcl.hinges import pair_hinges
 from fastcl.integrations import _dropin, patch
 from fastcl.integrations.grad_cache import ContrastiveLossWithQueryClosure, SimpleContrastiveLoss
 from fastcl.integrations.inf_cl import cal_inf_loss
 from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func
 from fastcl.integrations.sup_contrast import SupConLoss
+from fastcl.testing import CASES
 from fastcl.trainer import errors
 from fastcl.trainer.config import TrainConfig
 from fastcl.trainer.errors import TrainError
@@ -146,7 +150,7 @@ FUNCTIONS: list[Row] = [
      lambda: F.supcon(Z, LABELS.to("meta"), temperature=1)),
     (V, "got form = 'both'; expected one of 'out', 'in'. Choose one.",
      lambda: F.supcon(Z, LABELS, form="both", temperature=1)),
-    (V, "got anchors = 7; expected a number of rows, 0 to 6. Omit it for all rows.",
+    (V, "got anchors = 7; expected an integer from 0 to 6. Omit it for all rows.",
      lambda: F.supcon(Z, LABELS, anchors=7, temperature=1)),
     (V, "got beta as a tensor; expected a number from 0.0 to inf. Pass a plain float in this range.",
      lambda: F.hard_nt_xent(Z, beta=ON[0], temperature=1)),
@@ -154,6 +158,16 @@ FUNCTIONS: list[Row] = [
      lambda: F.triplet(Z, Z, Z, margin=math.nan)),
     (V, f"got distance = 'city'; expected {DISTANCE}", lambda: F.triplet_hard(Z, LABELS, margin=0.2, distance="city")),
     (T, f"got margin of type NoneType; expected {SCALAR}", lambda: F.triplet_all(Z, LABELS, margin=None)),
+    (T, "got normalize of type str; expected True or False. Pass one of the two.",
+     lambda: F.nt_xent(Z, temperature=1, normalize="no")),
+    (T, "got symmetric = 2; expected True or False. Pass one of the two.",
+     lambda: F.info_nce(Z, Z, temperature=1, symmetric=2)),
+    (V, "got anchors = '1'; expected an integer from 0 to 6. Omit it for all rows.",
+     lambda: F.supcon(Z, LABELS, anchors="1", temperature=1)),
+    (T, "got weights of dtype torch.bool; expected floating-point numbers. Call .float() on it.",
+     lambda: F.clip(Z, Z, scale=1.0, weights=LABELS > 0)),
+    (V, f"got z of shape (6, 4) and extra_negatives of shape (6, 3); expected {SAME}",
+     lambda: F.nt_xent(Z, temperature=1, extra_negatives=W)),
     (T, "got similar of dtype torch.bool; expected integers. Call .long() on it.",
      lambda: F.siamese(Z, Z, LABELS > 0, margin=1.0)),
     (V, f"got z of shape (6, 4) and proxies of shape (6, 3); expected {SAME}", lambda: F.cosface(Z, W, LABELS)),
@@ -205,6 +219,19 @@ PRIMITIVES: list[Row] = [
      "fastcl.use_backend or FASTCL_BACKEND.",
      lambda: forced_to("numpy")),
     (V, "got backend None; expected one of native, chunked, triton, auto. Mend the name ...", lambda: forced_to(None)),
+    (T, "got x of type int; expected a torch.Tensor (rows, features). Pass such as a loss is given.",
+     lambda: fastcl.available_backends(3)),
+    (T, "got loss of type int; expected a module or a function. Pass what is to be called.",
+     lambda: fastcl.explain(3, Z)),
+    (T, "got rows of type int; expected a slice. Pass slice(start, stop), or leave it out for all.",
+     lambda: inspection.similarity_tile(Z, rows=3, scale=1.0)),
+    (V,
+     "got the number of parts = 0; expected an integer of at least 1. Pass the log-sum-exp of every block of columns.",
+     lambda: P.merge_logsumexp()),
+    (V, "got part 1 of shape (5,); expected shape (6,): one per row. Match it to the rows.",
+     lambda: P.merge_logsumexp(ON, ON[:5])),
+    (T, "got both of type Tensor; expected True or False. Pass one of the two.",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, both=ON)),
     (V, "got the name 'nt_xnet'; expected a function of fastcl.functional or fastcl.pairwise. Check the spelling.",
      lambda: fastcl.explain("nt_xnet", Z)),
 ]
@@ -243,8 +270,20 @@ MODULES: list[Row] = [
     (V, f"got dim = True; expected {COUNT}", lambda: fastcl.CosFaceLoss(4, True)),
     (V, f"got size = 2.5; expected {COUNT}", lambda: fastcl.MoCoLoss(4, 2.5)),
     (V, f"got size = True; expected {COUNT}", lambda: fastcl.FeatureQueue(4, True)),
-    (V, "got budget = 0; expected at least 1. Pass the tokens that fit into memory.",
+    (V, "got budget = 0; expected an integer of at least 1. Pass the tokens that fit into memory.",
      lambda: fastcl.token_chunks([3, 4], 0)),
+    (T,
+     "got lengths of type int ('int' object is not iterable); expected one number of tokens per row. Pass a list or a "
+     "vector.",
+     lambda: fastcl.token_chunks(3, 4)),
+    (T, "got loss of type int; expected a module or a function. Pass what is to be called.",
+     lambda: fastcl.cached_loss(nn.Identity(), [Z], 3, chunk_size=2)),
+    (T, "got encoders of type int; expected modules or functions. Pass one for all towers, or a list of one for each.",
+     lambda: cached(encoders=3)),
+    (T,
+     "got process_group of type str; expected a process group of this rank. Pass torch.distributed.group.WORLD, once "
+     "it is there.",
+     lambda: fastcl.NTXentLoss(process_group="world")),
     (V, "got chunk_size = 0; expected at least 1, 'auto', or sizes. Pass the rows that fit into memory.",
      lambda: cached(chunk_size=0)),
     (T, "got chunk_size of type float; expected rows, 'auto', or sizes. Pass the rows that fit into memory.",
@@ -316,7 +355,7 @@ RANKS: list[Row] = [
      lambda: fastcl.NTXentLoss(process_group=dist.group.WORLD)(X)),
     (V, f"got labels of shape (4,); expected {PER_ROW}",
      lambda: fastcl.SupConLoss(process_group=dist.group.WORLD)(Z, LABELS[:4])),
-    (V, f"got q of shape (6, 4) and k of shape (8, 3); expected {SAME}",
+    (V, f"got q of shape (6, 4) and negatives of shape (8, 3); expected {SAME}",
      lambda: fastcl.MoCoLoss(3, 8, process_group=dist.group.WORLD)(Z, Z)),
 ]
 
@@ -423,6 +462,112 @@ def test_a_mistake_at_the_terminal_is_one_line_and_writes_nothing(
     assert is_like(message, template), message
     assert SHAPE.fullmatch(message), message
     assert not list(tmp_path.iterdir())
+
+
+# Values of types that nothing takes, and others that some arguments take.
+NEVER: list[Any] = ["1", object(), [1.0], {}, (ROWS,)]
+SOMETIMES: list[Any] = [
+    None, True, 3, -2, 2.5, math.nan, ROWS, ON, ON > 0, ON + 0j, Z + 0j, Z.to_sparse(), FEATURES, ON[0], ROWS[0],
+]  # fmt: skip
+POINTERS = torch.zeros(6, 2, dtype=torch.long)
+PAIR, LABELLED = (Z, Z), (Z, LABELS)
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+CALLS: dict[str, Call] = {
+    **{case.label: (getattr(F, case.name), *case.inputs(6 // case.rows(1)[0], 4)) for case in CASES},
+    "pair_logsumexp": (P.pair_logsumexp, (Z, X), {"scale": 2.0}),
+    "pair_softplus_sum": (P.pair_softplus_sum, (Z, X), {"scale": 2.0}),
+    "pair_softplus_total": (P.pair_softplus_total, (Z, X), {"scale": 2.0}),
+    "pair_topk": (P.pair_topk, (Z, X), {"topk": 2}),
+    "contrastive": (P.contrastive, PAIR, {"scale": 2.0}),
+    "merge_logsumexp": (lambda part, other: P.merge_logsumexp(part, other), (ON, ON), {}),
+    "row_dot": (P.row_dot, PAIR, {}),
+    "gathered_dot": (P.gathered_dot, (Z, Z, POINTERS), {}),
+    "listed_dot": (P.listed_dot, (Z, Z, LABELS, LABELS), {}),
+    "scale_gradient": (P.scale_gradient, (Z, 2.0), {}),
+    "l2_normalize": (P.l2_normalize, (Z,), {}),
+    "similarity_tile": (lambda q, k, rows, cols, scale: inspection.similarity_tile(q, k, rows, cols, scale=scale),
+                        (Z, X, slice(2), slice(3), 2.0), {}),
+    "pair_softmax_matmul": (lambda q, k, v, scale: inspection.pair_softmax_matmul(q, k, v, scale=scale),
+                            (Z, X, X, 2.0), {}),
+    "pair_statistics": (inspection.pair_statistics, (ON, Z, X), {"scale": 2.0}),
+    "pair_hinges": (pair_hinges, (Z, Z, LABELS, LABELS), {"positive_margin": 0.1, "negative_margin": 1.0}),
+    "available_backends": (fastcl.available_backends, (Z,), {}),
+    "explain": (lambda loss: fastcl.explain(loss, Z, temperature=1.0), ("nt_xent",), {}),
+    "cached_loss": (lambda encoders, loss, chunk_size: fastcl.cached_loss(encoders, PAIR, loss, chunk_size=chunk_size),
+                    (nn.Identity(), fastcl.NTXentLoss(), 2), {}),
+}  # fmt: skip
+ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {  # of the modules: their own, and those of a call
+    "NTXentLoss": ({}, PAIR), "DCLLoss": ({}, PAIR), "DCLWLoss": ({}, PAIR), "HardNTXentLoss": ({}, PAIR),
+    "InfoNCELoss": ({}, PAIR), "InBatchSoftmaxLoss": ({}, (Z, Z, ON)), "GISTLoss": ({}, (Z, Z, Z, Z)),
+    "SampledInfoNCELoss": ({}, (Z, Z, LABELS, POINTERS)), "MoCoLoss": ({"dim": 4, "queue_size": 8}, PAIR),
+    "MoCoV3Loss": ({}, (Z, Z, Z, Z)), "CLIPLoss": ({}, (Z, Z, 2.0)), "SigLIPLoss": ({}, (Z, Z, 2.0, -1.0)),
+    "SupConLoss": ({}, LABELLED), "SINCERELoss": ({}, LABELLED), "MultiSimilarityLoss": ({}, LABELLED),
+    "BatchTripletLoss": ({}, LABELLED), "TripletLoss": ({}, (Z, Z, Z)), "SiameseLoss": ({}, (Z, Z, LABELS)),
+    "NPairLoss": ({}, PAIR), "NegativeCosineLoss": ({}, PAIR), "BYOLLoss": ({}, PAIR),
+    "CosFaceLoss": ({"classes": 6, "dim": 4}, LABELLED), "FeatureQueue": ({"dim": 4, "size": 8}, ()),
+}  # fmt: skip
+
+
+def of_module(name: str) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """Every argument of a module and of a call of it, and what passes a value for that; first a call that is right."""
+    kind, (given, args) = getattr(fastcl, name), ARGUMENTS[name]
+
+    def made(**change: Any) -> Any:
+        module = kind(**{**given, **change})
+        return module(*args) if args else module
+
+    made()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for argument in inspect.signature(base.__init__).parameters:
+            if argument not in ("self", "options", "ranks"):
+                yield argument, lambda value, argument=argument: made(**{argument: value})
+    if args:
+        yield from of_function(kind(**given).forward, args, {})
+
+
+def of_function(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """Every argument of a function, and what passes a value for that; first a call that is right."""
+    function(*args, **kwargs)
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            yield name, lambda value, name=name: function(**{**given, name: value})
+
+
+def refuses(what: str, call: Callable[[Any], Any], value: Any) -> bool:
+    """Whether the value is refused, in the house's shape; whatever else is raised is a failure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of complex numbers and integers of one element
+        try:
+            call(value)
+        except Exception as error:
+            said = SHAPE.fullmatch(str(error)) is not None
+            assert isinstance(error, TypeError | ValueError) and said, f"{what}={value!r}: {error!r}"
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [*CALLS, *ARGUMENTS])
+def test_a_value_of_a_wrong_type_is_refused_in_words(name: str) -> None:
+    arguments = of_function(*CALLS[name]) if name in CALLS else of_module(name)
+    for argument, call in arguments:
+        accepted = [value for value in NEVER if not refuses(argument, call, value)]
+        assert not accepted, f"{argument} takes {accepted}"
+        for value in SOMETIMES:
+            refuses(argument, call, value)
+
+
+def test_every_public_name_that_takes_rows_is_asked() -> None:
+    losses = {name for name in fastcl.__all__ if name.endswith("Loss")}
+    assert losses <= ARGUMENTS.keys()
+    assert {case.name for case in CASES} == set(F.__all__)
+    primitives = {name for name, value in vars(P).items() if inspect.isfunction(value) and value.__doc__}
+    assert {name for name in primitives if not name.startswith("_") and "Args:" in getattr(P, name).__doc__} <= {
+        *CALLS, "pair_argmax",
+    }  # fmt: skip
 
 
 def test_the_survey_is_wide() -> None:

@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _across
-from .._checks import choice, sentence
+from .. import _across, _checks
+from .._checks import sentence
 from ..backends import forced
 from ..functional._arguments import divisor
 from ..pairwise import apply, as_tensor, l2_normalize
 from ._agreement import agree
 from ._pairs import OneSet, TwoSets
-from ._wire import Wire, chunk, gathered, total
+from ._wire import Wire, check_group, chunk, gathered, total
 
 STRATEGIES = ("auto", "gather", "ring")
 # Rows of these losses meet no others; of info_nce neither, if the negatives are given.
@@ -64,6 +64,7 @@ class Ranks:
             pairs rows are then rounded on every rank alike, their own included; sums stay fp32.
 
     Raises:
+        TypeError: not a process group, or one that this rank does not belong to.
         ValueError: an unknown strategy, or a dtype that is not of floating-point numbers.
     """
 
@@ -76,7 +77,9 @@ class Ranks:
         return self  # a copy of a model, such as a momentum encoder's, talks to the same ranks
 
     def __post_init__(self) -> None:
-        choice("strategy", self.strategy, STRATEGIES)
+        check_group(self.process_group)
+        _checks.choice("strategy", self.strategy, STRATEGIES)
+        _checks.flag(even=self.even)
         dtype = self.wire_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             mend = "Pass torch.bfloat16, or omit it."
@@ -204,9 +207,9 @@ def evaluate(function: Callable[..., Tensor], ranks: Ranks, *args: Any, **option
         return function(*args, **options)
     given = dict(inspect.signature(function).bind(*args, **options).arguments)
     name = function.__name__
-    normalize, reduction = given.pop("normalize", False), given.get("reduction", "mean")
     tensors = {key: t for key, t in given.items() if isinstance(t, Tensor) and t.ndim}
     everyone = _agreed(name, ranks, given, tensors)
+    normalize, reduction = given.pop("normalize", False), given.get("reduction", "mean")
     views = max(said["views"] for said in everyone)
     counts = [said["rows"] // views for said in everyone]
     start = sum(counts[: wire.rank])
@@ -246,6 +249,7 @@ def _agreed(name: str, ranks: Ranks, given: dict[str, Any], tensors: dict[str, T
         if not isinstance(first, Tensor) or not first.ndim:
             raise ValueError(sentence(f"rows of type {type(first).__name__}", "a matrix", "Pass (B, D) embeddings."))
         views = _views(name, given)
+        _checks.flag(normalize=given.get("normalize", False))
         _check_lengths(name, tensors, len(first), views)
         options = {key: _shown(value) for key, value in given.items() if key not in tensors and key != "anchors"}
         grad = torch.is_grad_enabled()
@@ -260,7 +264,7 @@ def _agreed(name: str, ranks: Ranks, given: dict[str, Any], tensors: dict[str, T
             "views": views,
             "memory": _memory(first.device, ranks.even),
         }
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if ranks.even:
             raise
         mine["error"] = str(error)
@@ -275,11 +279,14 @@ def told_apart(groups: Tensor, ranks: Ranks) -> Tensor:
 def _views(name: str, given: dict[str, Any]) -> int:
     """How many rows of an image the first argument has, one under the other, view by view."""
     rows, anchors = len(next(iter(given.values()))), given.get("anchors")
-    if name == "nt_xent":
-        return int(given.get("views", 2)) if given.get("labels") is None else 1
+    if name == "nt_xent" and given.get("labels") is None:
+        views: int = given.get("views", 2)
+        _checks.count("views", views)
+        return views
     if anchors is not None:  # the first view of every image
-        if anchors < 0 or rows % max(anchors, 1):
-            mend = "Make them the first view of each image, as they are over ranks."
+        mend = "Make them the first view of each image, as they are over ranks."
+        _checks.count("anchors", anchors, least=0, most=rows, mend=mend)
+        if rows % max(anchors, 1):
             raise ValueError(sentence(f"{anchors} anchors of {rows} rows", "a divisor of the rows", mend))
         return rows // anchors if anchors else 1
     return _VIEWS.get(name, 1)

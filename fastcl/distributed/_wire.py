@@ -15,12 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._checks import sentence
 from ..pairwise import apply, once_differentiable
 
 # torch 2.14 renamed them
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _sent = 0
+
+
+def check_group(group: Any) -> None:
+    """A process group that this rank belongs to, or ``None``, which is the default group to torch."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        got = f"process_group of type {type(group).__name__}"
+        mend = "Pass torch.distributed.group.WORLD, once it is there."
+        raise TypeError(sentence(got, "a process group of this rank", mend))
 
 
 def bytes_sent() -> int:
@@ -49,6 +58,7 @@ class Wire:
     """
 
     def __init__(self, group: Any, dtype: torch.dtype | None = None) -> None:
+        check_group(group)
         self.group, self.dtype = group, dtype
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 

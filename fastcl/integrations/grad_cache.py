@@ -58,7 +58,7 @@ class SimpleContrastiveLoss:
             TypeError: rows that are not floating-point matrices.
         """
         _checks.rows(x=x, y=y)
-        _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         if target is None:
             if len(x) * self.target_per_qry != len(y):
                 raise ValueError(
