@@ -10,8 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -21,10 +20,20 @@ import torch
 from torch import Tensor
 
 from . import _peers
-from ._bench import DTYPES, at_least_one, check_rows, command, device_named, need_matplotlib, nothing_kept, where
+from ._bench import (
+    DTYPES,
+    about,
+    at_least_one,
+    check_rows,
+    device_named,
+    need_matplotlib,
+    nothing_kept,
+    result_row,
+    where,
+)
 from ._bench import time_and_memory as figure_of
 from ._checks import choice, sentence
-from ._info import commit, cpu_model, versions
+from ._info import cpu_model
 from ._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from ._peers import LOSSES, PEERS, Loss, Problem
 from .backends import NAMES, available_backends, native, use_backend
@@ -121,14 +130,9 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
                 progress(_largest_line(row))
                 largest.append(row)
     return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **about(settings, machine),
         "peers": _peers.package_versions(),
         "missing": missing,
-        "machine": machine,
-        "settings": asdict(settings),
         "rows": rows,
         "errors": errors,
         "largest": largest,
@@ -158,7 +162,7 @@ def times(loss: str, settings: Settings, device: torch.device) -> Iterator[dict[
         functions, oracle = contenders(task, _backends(settings, device), settings.compile), _oracle(task)
         rows, ready = {}, {}
         for name, function in functions.items():
-            row = rows[name] = _row(
+            row = rows[name] = result_row(
                 _TIMES, loss=loss, rows=n, columns=columns, contender=name, skipped=_too_much(
                     name, loss, n, columns, settings, before.get(name)
                 ),
@@ -200,7 +204,7 @@ def accuracy(loss: str, settings: Settings, device: torch.device) -> Iterator[li
                 functions = contenders(task, _backends(settings, device, getattr(torch, dtype)), compiled=False)
                 oracle = _oracle(task)
                 for name, function in [(ROUNDED, task.exact), *functions.items()]:
-                    row = _row(
+                    row = result_row(
                         _ERRORS, loss=loss, dtype=dtype, temperature=temperature, batch=batch, contender=name
                     )  # fmt: skip
                     try:
@@ -408,10 +412,6 @@ def _said(error: Exception) -> str:
 
 _TIMES = ("seconds", "median_seconds", "of_eager", "peak_bytes", "loss_error", "gradient_error", "skipped")
 _ERRORS = ("loss_error", "gradient_error", "number_error", "failed")
-
-
-def _row(keys: tuple[str, ...], **known: Any) -> dict[str, Any]:
-    return {**dict.fromkeys(keys), **known}
 
 
 def _only(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
