@@ -176,8 +176,8 @@ class NTXentLoss(_TwoViewLoss):
             if labels is not None:
                 _checks.vector("labels", labels, len(view0), view0, integer=True)
                 labels = labels.repeat(views)
-        return self._evaluate(F.nt_xent, 
-            z, labels, temperature=self.temperature, views=views,
+        return self._evaluate(
+            F.nt_xent, z, labels, temperature=self.temperature, views=views,
             extra_negatives=extra_negatives, ids=ids, weights=weights, **self._options,
         )  # fmt: skip
 
@@ -227,9 +227,9 @@ class HardNTXentLoss(_TwoViewLoss):
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, view0: Tensor, view1: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.hard_nt_xent, 
-            self._two(view0, view1), temperature=self.temperature, tau_plus=self.tau_plus, beta=self.beta,
-            weights=weights, **self._options,
+        return self._evaluate(
+            F.hard_nt_xent, self._two(view0, view1), temperature=self.temperature,
+            tau_plus=self.tau_plus, beta=self.beta, weights=weights, **self._options,
         )  # fmt: skip
 
 
@@ -269,8 +269,8 @@ class InfoNCELoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.info_nce, 
-            query, key, negatives, temperature=self.temperature,
+        return self._evaluate(
+            F.info_nce, query, key, negatives, temperature=self.temperature,
             extra_negatives=extra_negatives, own_negatives=own_negatives, ids=ids,
             symmetric=self.symmetric, label_smoothing=self.label_smoothing,
             hardness=self.hardness, own_hardness=self.own_hardness, weights=weights, **self._options,
@@ -300,8 +300,8 @@ class InBatchSoftmaxLoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.in_batch_softmax, 
-            query, key, temperature=self.temperature, log_q=log_q, ids=ids,
+        return self._evaluate(
+            F.in_batch_softmax, query, key, temperature=self.temperature, log_q=log_q, ids=ids,
             correct_positive=self.correct_positive, weights=weights, **self._options,
         )  # fmt: skip
 
@@ -343,8 +343,8 @@ class GISTLoss(_TemperatureLoss):
         guide_negatives: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.gist, 
-            query, key, guide_query, guide_key, temperature=self.temperature,
+        return self._evaluate(
+            F.gist, query, key, guide_query, guide_key, temperature=self.temperature,
             margin=self.margin, margin_strategy=self.margin_strategy, negatives=negatives,
             guide_negatives=guide_negatives, contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives, weights=weights, **self._options,
@@ -605,8 +605,8 @@ class MultiSimilarityLoss(_Loss):
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
 
     def forward(self, z: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.multi_similarity, 
-            z, labels, alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon,
+        return self._evaluate(
+            F.multi_similarity, z, labels, alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon,
             weights=weights, **self._options,
         )  # fmt: skip
 
@@ -663,11 +663,12 @@ class TripletLoss(_Loss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.distance, self.swap = margin, distance, swap
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.triplet, 
-            anchor, positive, negative, margin=self.margin, distance=self.distance, swap=self.swap,
+        return self._evaluate(
+            F.triplet, anchor, positive, negative, margin=self.margin, distance=self.distance, swap=self.swap,
             weights=weights, **self._options,
         )  # fmt: skip
 
@@ -685,6 +686,7 @@ class SiameseLoss(_Loss):
 
     def __init__(self, margin: float = 1.0, *, distance: str = "euclidean", **options: Any) -> None:
         super().__init__(**options)
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.distance = margin, distance
 
     def forward(self, a: Tensor, b: Tensor, similar: Tensor, *, weights: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The survey of errors: what came, what was expected, how to mend it; and a mistake costs nothing but itself.
 
-Each module has tests of its own for when it refuses; here stand the words, whole, and what a refusal leaves behind.
+Here stand the words, whole, and what a refusal leaves behind.
 ``...`` in a message stands for any text.
 """
 
@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ TEMPERATURE = "a finite number above 0. Choose one; 0.05 to 0.5 are usual."
 COUNT = "an integer of at least 1. Pass 1 or more."
 REDUCTION = "one of 'mean', 'sum', 'none'. Choose one."
 DISTANCE = "one of 'euclidean', 'squared', 'cosine'. Choose one."
+FORM = "one of 'out', 'in'. Choose one."
+STRATEGY = "one of 'absolute', 'relative'. Choose one."
 VIEWS = "of rows: view 0 of every image, then view 1 of every image. Stack the views with torch.cat([view0, view1])."
 PLAIN = "Use the function of the same name in fastcl.reference, which is plain"
 
@@ -98,12 +101,16 @@ FUNCTIONS: list[Row] = [
      "got z of shape (4,); expected two dimensions (rows, features). Use z.flatten(0, -2) to make every leading "
      "index a row.",
      lambda: F.nt_xent(Z[0], temperature=1)),
+    (V, "got z of shape (1, 6, 4); expected two dimensions (rows, features). Use z.flatten(0, -2) ...",
+     lambda: F.nt_xent(Z[None], temperature=1)),
     (V, f"got z of shape (5, 4); expected an even number {VIEWS}", lambda: F.nt_xent(X, temperature=1)),
     (V, f"got z of shape (6, 4); expected a multiple of 4 {VIEWS}", lambda: F.nt_xent(Z, views=4, temperature=1)),
     (V, "got views = 1; expected an integer of at least 2. Make two views of every image.",
      lambda: F.nt_xent(Z, views=1, temperature=1)),
     (V, f"got temperature = 0.0; expected {TEMPERATURE}", lambda: F.nt_xent(Z, temperature=0.0)),
+    (V, f"got temperature = -1.0; expected {TEMPERATURE}", lambda: F.supcon(Z, LABELS, temperature=-1.0)),
     (V, f"got temperature = nan; expected {TEMPERATURE}", lambda: F.nt_xent(Z, temperature=math.nan)),
+    (V, f"got temperature = inf; expected {TEMPERATURE}", lambda: F.dcl(Z, temperature=math.inf)),
     (T, f"got temperature of type str; expected {SCALAR}", lambda: F.nt_xent(Z, temperature="0.1")),
     (T, f"got temperature of type bool; expected {SCALAR}", lambda: F.nt_xent(Z, temperature=True)),
     (V, "got temperature of shape (6,); expected a number or a 0-d tensor. Use temperature.squeeze().",
@@ -112,6 +119,11 @@ FUNCTIONS: list[Row] = [
      lambda: F.nt_xent(Z, temperature=ROWS[1])),
     (V, f"got reduction = 'avg'; expected {REDUCTION}", lambda: F.nt_xent(Z, temperature=1, reduction="avg")),
     (V, f"got weights of shape (5,); expected {PER_ROW}", lambda: F.nt_xent(Z, temperature=1, weights=ON[:5])),
+    (V, f"got weights of shape (6, 4); expected {PER_ROW}", lambda: F.dcl(Z, temperature=1, weights=Z)),
+    (T, "got weights of dtype torch.int64; expected floating-point numbers. Call .float() on it.",
+     lambda: F.dcl(Z, temperature=1, weights=ROWS)),
+    (V, "got ids of shape (6,); expected shape (3,): one per row. Match it to the rows.",
+     lambda: F.nt_xent(Z, temperature=1, ids=LABELS)),
     (V, "got ids beside labels; expected one of the two. Omit ids: rows of one label are never negatives.",
      lambda: F.nt_xent(Z, temperature=1, labels=LABELS, ids=LABELS)),
     (T, "got labels of type list; expected a torch.Tensor of integers. Convert it first.",
@@ -120,6 +132,8 @@ FUNCTIONS: list[Row] = [
     (V, f"got q of shape (6, 4) and k of shape (6, 3); expected {SAME}", lambda: F.info_nce(Z, W, temperature=1)),
     (V, "got q on cpu and k on meta; expected one device. Call k.to(q.device).",
      lambda: F.info_nce(Z, Z.to("meta"), temperature=1)),
+    (V, f"got q of shape (6, 4) and negatives of shape (6, 3); expected {SAME}",
+     lambda: F.info_nce(Z, Z, W, temperature=1)),
     (V, "got symmetric=True with negatives; expected in-batch negatives alone. Omit one of them.",
      lambda: F.info_nce(Z, Z, X, symmetric=True, temperature=1)),
     (V, "got ids with negatives; expected in-batch negatives, which have ids. Omit one of them.",
@@ -136,6 +150,11 @@ FUNCTIONS: list[Row] = [
      lambda: F.info_nce(Z, Z, own_negatives=[X], temperature=1)),
     (T, "got log_q of type NoneType; expected a torch.Tensor of floating-point numbers. Convert it first.",
      lambda: F.in_batch_softmax(Z, Z, log_q=None, temperature=1)),
+    (V, f"got log_q of shape (5,); expected {PER_ROW}", lambda: F.in_batch_softmax(Z, Z, log_q=ON[:5], temperature=1)),
+    (V, f"got guide_q of shape (6, 4) and guide_k of shape (5, 4); expected {PAIRED}",
+     lambda: F.gist(Z, Z, Z, X, temperature=1)),
+    (V, f"got margin_strategy = 'x'; expected {STRATEGY}",
+     lambda: F.gist(Z, Z, Z, Z, margin_strategy="x", temperature=1)),
     (V, "got negatives without their guide, or the reverse; expected both or neither. Pass both.",
      lambda: F.gist(Z, Z, Z, Z, negatives=X, temperature=1)),
     (V, "got index of shape (6,); expected shape (6, any): a row of integers per row. Match it to the rows.",
@@ -148,15 +167,28 @@ FUNCTIONS: list[Row] = [
     (V, f"got labels of shape (5,); expected {PER_ROW}", lambda: F.supcon(Z, LABELS[:5], temperature=1)),
     (V, "got labels on meta; expected the device of the rows, cpu. Call .to(...) on it.",
      lambda: F.supcon(Z, LABELS.to("meta"), temperature=1)),
-    (V, "got form = 'both'; expected one of 'out', 'in'. Choose one.",
+    (V, f"got form = 'both'; expected {FORM}",
      lambda: F.supcon(Z, LABELS, form="both", temperature=1)),
     (V, "got anchors = 7; expected an integer from 0 to 6. Omit it for all rows.",
      lambda: F.supcon(Z, LABELS, anchors=7, temperature=1)),
+    (T, "got labels of dtype torch.float32; expected integers. Call .long() on it.",
+     lambda: F.supcon(Z, ON, temperature=1)),
+    (V, f"got base_temperature = 0.0; expected {TEMPERATURE}",
+     lambda: F.supcon(Z, LABELS, base_temperature=0.0, temperature=1)),
+    (V, "got alpha = 0.0; expected a finite number above 0. Check how it was computed.",
+     lambda: F.multi_similarity(Z, LABELS, alpha=0.0)),
+    (V, "got sigma = 0.0; expected a number from 5e-324 to inf. Pass a plain float in this range.",
+     lambda: F.dclw(Z, sigma=0.0, temperature=1)),
+    (V, "got tau_plus = 1.0; expected a number from 0.0 to 0.9999999403953552. Pass a plain float in this range.",
+     lambda: F.debiased_nt_xent(Z, tau_plus=1.0, temperature=1)),
+    (V, "got beta = -1.0; expected a number from 0.0 to inf. Pass a plain float in this range.",
+     lambda: F.hard_nt_xent(Z, beta=-1.0, temperature=1)),
     (V, "got beta as a tensor; expected a number from 0.0 to inf. Pass a plain float in this range.",
      lambda: F.hard_nt_xent(Z, beta=ON[0], temperature=1)),
     (V, "got margin = nan; expected a finite number. Check how it was computed.",
      lambda: F.triplet(Z, Z, Z, margin=math.nan)),
     (V, f"got distance = 'city'; expected {DISTANCE}", lambda: F.triplet_hard(Z, LABELS, margin=0.2, distance="city")),
+    (T, f"got margin of type str; expected {SCALAR}", lambda: F.triplet_all(Z, LABELS, margin="0.2")),
     (T, f"got margin of type NoneType; expected {SCALAR}", lambda: F.triplet_all(Z, LABELS, margin=None)),
     (T, "got normalize of type str; expected True or False. Pass one of the two.",
      lambda: F.nt_xent(Z, temperature=1, normalize="no")),
@@ -190,6 +222,16 @@ PRIMITIVES: list[Row] = [
      lambda: P.pair_logsumexp(Z, X, scale=1.0, drop=(ROWS,))),
     (T, "got only (of the rows) of dtype torch.float32; expected integers. Call .long() on it.",
      lambda: P.pair_logsumexp(Z, scale=1.0, only=ON)),
+    (T, "got only (of the rows) of dtype torch.bool; expected integers. Call .long() on it.",
+     lambda: P.pair_logsumexp(Z, scale=1.0, only=ON > 0)),
+    (V, f"got drop (of the rows) of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, drop=(ROWS[:5], ROWS[:5]))),
+    (V, "got drop (of the rows) on meta; expected the device of the rows, cpu. Call .to(...) on it.",
+     lambda: P.pair_logsumexp(Z, scale=1.0, drop=ROWS.to("meta"))),
+    (V, f"got row_bias of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, row_bias=ON[:5])),
+    (V, "got scale = 0; expected any other number. Choose one: with 0 all logits are equal.",
+     lambda: P.pair_logsumexp(Z, X, scale=0.0)),
     (T, "got col_bias of dtype torch.int64; expected floating-point numbers. Call .float() on it.",
      lambda: P.pair_logsumexp(Z, X, scale=1.0, col_bias=ROWS[:5])),
     (V, "got row_bias = nan; expected a finite number. Check how it was computed.",
@@ -199,6 +241,12 @@ PRIMITIVES: list[Row] = [
      "got guide of 2 parts; expected a tuple of three tensors. Pass guide=(features of rows, features of columns, "
      "limit of every row).",
      lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X))),
+    (T, "got guide of type Tensor; expected a tuple of three tensors. Pass guide=(features of rows, ...",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=Z)),
+    (V, f"got guide (of the rows) of shape (6, 4) and guide (of the columns) of shape (5, 2); expected {SAME}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X[:, :2], ON))),
+    (V, f"got guide (limits) of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X, ON[:5]))),
     (V,
      "got guide (of the rows) of shape (5, 4) for 6 rows; expected one row of guide features per row. Guide the "
      "same batch.",
@@ -266,6 +314,11 @@ MODULES: list[Row] = [
      lambda: fastcl.SupConLoss()(Z, mask=0 * MASK)),
     (V, "got mining = 'easy'; expected one of 'hard', 'semi-hard', 'all'. Choose one.",
      lambda: fastcl.BatchTripletLoss(mining="easy")),
+    (V, f"got form = 'mean'; expected {FORM}", lambda: fastcl.SupConLoss(form="mean")),
+    (V, f"got margin_strategy = 'half'; expected {STRATEGY}", lambda: fastcl.GISTLoss(margin_strategy="half")),
+    *((V, f"got distance = 'city'; expected {DISTANCE}", partial(module, distance="city"))
+      for module in (fastcl.BatchTripletLoss, fastcl.TripletLoss, fastcl.SiameseLoss)),
+    (V, f"got dim = 0; expected {COUNT}", lambda: fastcl.MoCoLoss(0)),
     (V, f"got classes = 0; expected {COUNT}", lambda: fastcl.CosFaceLoss(0, 4)),
     (V, f"got dim = True; expected {COUNT}", lambda: fastcl.CosFaceLoss(4, True)),
     (V, f"got size = 2.5; expected {COUNT}", lambda: fastcl.MoCoLoss(4, 2.5)),
