@@ -95,6 +95,7 @@ EDITS = {
     ],
     "3: the module": [
         ("fastcl/losses.py", "\ndef _holds_views(", MODULE),
+        ("tests/test_errors.py", '"NPairLoss": (', '"InfoLOOBLoss": ({}, PAIR), "NPairLoss": ('),
         ("fastcl/__init__.py", "    InfoNCELoss,", "    InfoLOOBLoss, InfoNCELoss,"),
         ("fastcl/__init__.py", '    "InfoNCELoss",', '    "InfoLOOBLoss", "InfoNCELoss",'),
     ],
@@ -138,7 +139,8 @@ def main(file: str) -> None:
     """Writes what follows from the four edits, as JSON; then spoils the formula, and adds what tests say of that."""
     found: dict[str, Any] = {"fastcl": fastcl.__file__}
     found["right"] = outcomes(
-        f"{NAME} or every_loss_has_a_formula", "functional", "reference", "pairwise", "family"
+        f"{NAME} or InfoLOOB or every_loss_has_a_formula or every_public_name",
+        "functional", "reference", "pairwise", "family", "errors",
     )  # fmt: skip
     from benchmarks import family
 
@@ -190,6 +192,7 @@ def test_the_tests_follow(found: dict[str, Any]) -> None:
         "test_weights", "test_low_precision_is_no_worse_than_torch", "test_tiny_batches", "test_compiles_as_one_graph",
         "test_the_family_allocates_no_matrix", "test_a_wrong_gradient_is_noticed", "test_a_wrong_sum_is_noticed",
         "test_the_papers_formula", "test_every_loss_has_a_formula_here", "test_explain_explains_every_loss",
+        "test_a_value_of_a_wrong_type_is_refused_in_words", "test_every_public_name_that_takes_rows_is_asked",
     }  # fmt: skip
     assert of_backend(right, "test_matches_reference", "chunked") == {"passed"}
     for backend in ("native", "triton"):  # which may not be here
