@@ -23,11 +23,13 @@ def sentence(got: str, expected: str, mend: str) -> str:
 
 
 def tensor(name: str, value: object, kind: str) -> None:
-    """Any tensor; ``kind`` says of what."""
+    """A dense tensor; ``kind`` says of what."""
     if not isinstance(value, Tensor):
         raise TypeError(
             sentence(f"{name} of type {type(value).__name__}", f"a torch.Tensor {kind}", "Convert it first.")
         )
+    if value.layout != torch.strided:
+        raise TypeError(sentence(f"{name} of layout {value.layout}", "a dense tensor", f"Call {name}.to_dense()."))
 
 
 def rows(**tensors: Tensor) -> None:
@@ -42,8 +44,6 @@ def rows(**tensors: Tensor) -> None:
                     f"Call {name}.float(); complex and integer embeddings have no inner product here.",
                 )
             )
-        if t.layout != torch.strided:
-            raise TypeError(sentence(f"{name} of layout {t.layout}", "a dense tensor", f"Call {name}.to_dense()."))
         if t.ndim != 2:
             raise ValueError(
                 sentence(

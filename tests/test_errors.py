@@ -26,12 +26,12 @@ from fastcl import _across, cli, inspection
 from fastcl import functional as F
 from fastcl import pairwise as P
 from fastcl.backends import forced
-from fastcl.distributed import Ranks
+from fastcl.distributed import Ranks, all_rows, evaluate, shuffle_batch
 from fastcl.hinges import pair_hinges
 from fastcl.integrations import _dropin, patch
 from fastcl.integrations.grad_cache import ContrastiveLossWithQueryClosure, SimpleContrastiveLoss
 from fastcl.integrations.inf_cl import cal_inf_loss
-from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func
+from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func, simsiam_loss_func
 from fastcl.integrations.sup_contrast import SupConLoss
 from fastcl.testing import CASES
 from fastcl.trainer import errors
@@ -386,6 +386,21 @@ INTEGRATIONS: list[Row] = [
      "got extra_pos_mask of dtype torch.float32; expected booleans, or integers 0 and 1. Convert it: positives "
      "have no weights here.",
      lambda: simclr_loss_func(Z[:3], Z[3:], 0.1, MASK)),
+    (V,
+     "got p of shape (6, 4) and z of shape (5, 4); expected shapes of which one extends the other. Check that both "
+     "come from the same batch.",
+     lambda: simsiam_loss_func(Z, X)),
+    (T, "got features of type int; expected a torch.Tensor (images, views, ...). Convert it first.",
+     lambda: SupConLoss()(3)),
+    (V, f"got base_temperature = 0; expected {TEMPERATURE}", lambda: SupConLoss(base_temperature=0)(FEATURES)),
+    (V, "got scale of shape (6,); expected one number, or shape (6, 1). Use scale.unsqueeze(1).",
+     lambda: cal_inf_loss(Z, Z, scale=ON)),
+    (V, "got n_hard_negatives = -1; expected an integer of at least 0. Pass how many keys follow each positive.",
+     lambda: SimpleContrastiveLoss(-1)),
+    (V,
+     "got target of shape (6,); expected shape (6, 5) of probabilities. Pass one for every query and key, or "
+     "integers.",
+     lambda: SimpleContrastiveLoss()(Z, X, ON)),
     (V, "got queue of shape (4,); expected a matrix (features, keys). Transpose it: keys are its columns.",
      lambda: moco_loss_func(Z, Z, Z[0])),
     (V, "got ...; expected a row of k for every row of q. Pass labels, which say which.", lambda: cal_inf_loss(Z, X)),
@@ -404,6 +419,19 @@ RANKS: list[Row] = [
      lambda: Ranks(dist.group.WORLD, wire_dtype=torch.int8)),
     (V, "got wire_dtype = 'bf16'; expected a floating-point dtype. Pass torch.bfloat16, or omit it.",
      lambda: Ranks(dist.group.WORLD, wire_dtype="bf16")),
+    (T, "got process_group of type NoneType; expected a process group of this rank. Pass ...", lambda: Ranks(None)),
+    (T, "got function of type int; expected a module or a function. Pass what is to be called.",
+     lambda: evaluate(3, Ranks(dist.group.WORLD), Z)),
+    (T, "got ranks of type ProcessGroup; expected fastcl.distributed.Ranks. Pass Ranks(process_group).",
+     lambda: evaluate(F.nt_xent, dist.group.WORLD, Z, temperature=1)),
+    (T, "got x of type int; expected a torch.Tensor (rows, ...). Convert it first.",
+     lambda: all_rows(3, dist.group.WORLD)),
+    (V, "got x of shape (); expected shape (rows, ...). Pass what this rank has, a row per image.",
+     lambda: all_rows(ON[0], dist.group.WORLD)),
+    (T, "got even of type str; expected True or False. Pass one of the two.",
+     lambda: all_rows(Z, dist.group.WORLD, even="no")),
+    (T, "got generator of type int; expected a torch.Generator. Pass one, or leave it out for torch's own.",
+     lambda: shuffle_batch(Z, dist.group.WORLD, generator=3)),
     (V, f"got z of shape (5, 4); expected an even number {VIEWS}",
      lambda: fastcl.NTXentLoss(process_group=dist.group.WORLD)(X)),
     (V, f"got labels of shape (4,); expected {PER_ROW}",
@@ -544,6 +572,15 @@ CALLS: dict[str, Call] = {
                             (Z, X, X, 2.0), {}),
     "pair_statistics": (inspection.pair_statistics, (ON, Z, X), {"scale": 2.0}),
     "pair_hinges": (pair_hinges, (Z, Z, LABELS, LABELS), {"positive_margin": 0.1, "negative_margin": 1.0}),
+    "simclr_loss_func": (lambda z, indexes, temperature: simclr_loss_func(z, indexes, temperature),
+                         (Z, LABELS, 0.1), {}),
+    "moco_loss_func": (moco_loss_func, (Z, Z, Z.T), {}),
+    "simsiam_loss_func": (lambda p, z: simsiam_loss_func(p, z), PAIR, {}),
+    "SupContrast": (lambda features, labels: SupConLoss()(features, labels), (FEATURES, ROWS[:3]), {}),
+    "GradCache": (lambda n, x, y, target, reduction: SimpleContrastiveLoss(n)(x, y, target, reduction),
+                  (0, Z, Z, None, "mean"), {}),
+    "cal_inf_loss": (lambda q, k, labels, scale, strict: cal_inf_loss(q, k, labels, scale, strict=strict),
+                     (Z, Z, LABELS, 2.0, False), {}),
     "available_backends": (fastcl.available_backends, (Z,), {}),
     "explain": (lambda loss: fastcl.explain(loss, Z, temperature=1.0), ("nt_xent",), {}),
     "cached_loss": (lambda encoders, loss, chunk_size: fastcl.cached_loss(encoders, PAIR, loss, chunk_size=chunk_size),

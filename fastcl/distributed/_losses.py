@@ -77,13 +77,13 @@ class Ranks:
         return self  # a copy of a model, such as a momentum encoder's, talks to the same ranks
 
     def __post_init__(self) -> None:
-        check_group(self.process_group)
         _checks.choice("strategy", self.strategy, STRATEGIES)
         _checks.flag(even=self.even)
         dtype = self.wire_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             mend = "Pass torch.bfloat16, or omit it."
             raise ValueError(sentence(f"wire_dtype = {dtype!r}", "a floating-point dtype", mend))
+        check_group(self.process_group)
 
 
 @dataclass
@@ -198,10 +198,15 @@ def evaluate(function: Callable[..., Tensor], ranks: Ranks, *args: Any, **option
         W times the sum of its rows; ``"none"``: its rows.
 
     Raises:
+        TypeError: a function or ranks that are none.
         ValueError: on all ranks alike, and before anything is sent: a rank whose arguments do not fit, or differ from
             those of others beyond the number of rows.
         RuntimeError: a rank is gone: torch.distributed's own, at the latest after the timeout of the group.
     """
+    _checks.function("function", function)
+    if not isinstance(ranks, Ranks):
+        got, mend = f"ranks of type {type(ranks).__name__}", "Pass Ranks(process_group)."
+        raise TypeError(sentence(got, "fastcl.distributed.Ranks", mend))
     wire = Wire(ranks.process_group, ranks.wire_dtype)
     if wire.size == 1:
         return function(*args, **options)

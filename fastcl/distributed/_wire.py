@@ -25,8 +25,8 @@ _sent = 0
 
 
 def check_group(group: Any) -> None:
-    """A process group that this rank belongs to, or ``None``, which is the default group to torch."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
+    """A process group that this rank belongs to. (``None`` is the default group to torch, but not everywhere.)"""
+    if not isinstance(group, dist.ProcessGroup):
         got = f"process_group of type {type(group).__name__}"
         mend = "Pass torch.distributed.group.WORLD, once it is there."
         raise TypeError(sentence(got, "a process group of this rank", mend))
