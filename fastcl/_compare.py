@@ -34,7 +34,7 @@ from ._bench import (
 from ._bench import time_and_memory as figure_of
 from ._checks import choice, sentence
 from ._info import cpu_model
-from ._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
+from ._measure import beyond, interleaved_seconds, median_ratio, nan_last, peak_bytes, relative_error
 from ._peers import LOSSES, PEERS, Loss, Problem
 from .backends import NAMES, available_backends, native, use_backend
 
@@ -227,11 +227,13 @@ def errors(loss: str, contender: str, function: Loss, task: Problem, oracle: Ora
         got, grads = want.float(), [g.to(t.dtype) for g, t in zip(exact, task.leaves, strict=True)]
     else:
         got, grads = _value_and_gradients(function, task.leaves)
-    of_grads = [_relative(g, e) for g, e in zip(grads, exact, strict=True)]
+    of_grads = [relative_error(g, e) for g, e in zip(grads, exact, strict=True)]
     of_rows = [e for e, t in zip(of_grads, task.leaves, strict=True) if t.ndim]
     of_numbers = [e for e, t in zip(of_grads, task.leaves, strict=True) if not t.ndim]
     found = {
-        "loss_error": _relative(got, want), "gradient_error": _worst(of_rows), "number_error": _worst(of_numbers)
+        "loss_error": relative_error(got, want),
+        "gradient_error": max(of_rows, key=nan_last, default=None),
+        "number_error": max(of_numbers, key=nan_last, default=None),
     }  # fmt: skip
     wild = [name for name, error in found.items() if error is not None and not math.isfinite(error)]
     return {
@@ -394,16 +396,6 @@ def _value_and_gradients(function: Loss, leaves: list[Tensor]) -> tuple[Tensor, 
     loss = function(*leaves)
     grads = torch.autograd.grad(loss, leaves, torch.full_like(loss, len(leaves[0])), allow_unused=True)
     return loss.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    """0 where both are: Frobenius distance over the size of what is wanted."""
-    distance, size = float((got.double() - want).norm()), float(want.norm())
-    return 0.0 if distance == 0 else distance / size if size else math.inf
-
-
-def _worst(found: list[float]) -> float | None:
-    return max(found, key=lambda error: error if math.isfinite(error) else math.inf, default=None)
 
 
 def _said(error: Exception) -> str:

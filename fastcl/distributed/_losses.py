@@ -34,7 +34,7 @@ from ..functional._arguments import divisor
 from ..pairwise import apply, as_tensor, l2_normalize
 from ._agreement import agree
 from ._pairs import OneSet, TwoSets
-from ._wire import Wire, check_group, chunk, gathered, total
+from ._wire import Wire, check_group, chunk, gathered, logsumexp, total
 
 STRATEGIES = ("auto", "gather", "ring")
 # Rows of these losses meet no others; of info_nce neither, if the negatives are given.
@@ -366,10 +366,4 @@ def _sliced(options: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 def _columns(link: str, col: Tensor, wire: Wire) -> Tensor:
     """Results of columns over the rows of all ranks, of those over the rows of each: replicated."""
-    if link == "softplus":
-        return total(col, wire)
-    largest = wire.max(col)
-    shift = largest.masked_fill(largest == -torch.inf, 0)
-    sums = total((col - shift).exp(), wire)
-    empty = sums == 0
-    return torch.where(empty, -torch.inf, torch.where(empty, 1, sums).log() + shift)
+    return total(col, wire) if link == "softplus" else logsumexp(col, wire)

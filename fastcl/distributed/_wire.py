@@ -153,6 +153,15 @@ def total(x: Tensor, wire: Wire) -> Tensor:
     return summed
 
 
+def logsumexp(x: Tensor, wire: Wire) -> Tensor:
+    """Log-sum-exp over ranks, replicated; -inf, which sends no gradient, where it is that on all."""
+    largest = wire.max(x)
+    shift = largest.masked_fill(largest == -torch.inf, 0)
+    sums = total((x - shift).exp(), wire)
+    empty = sums == 0
+    return torch.where(empty, -torch.inf, torch.where(empty, 1, sums).log() + shift)
+
+
 def chunk(count: int, wire: Wire) -> tuple[slice, list[int]]:
     """This rank's share of so many replicated rows, and how many everyone has."""
     bounds = [count * rank // wire.size for rank in range(wire.size + 1)]
