@@ -25,6 +25,11 @@ sanitize-native:  ## the primitives on the CPU
 	$(RUN) $(PRELOAD) $(PYTHON) -m pytest -n 0 tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
 		; status=$$?; $(MAKE) native; exit $$status
 
+.PHONY: scoreboard
+
+scoreboard:  ## prove every promise that this machine can prove, and write docs/reliability.md
+	$(PYTHON) -m benchmarks.scoreboard; status=$$?; $(PYTHON) -m benchmarks.render; exit $$status
+
 .PHONY: docs
 
 docs:  ## the documentation as a site, in site/: strict, and without a network

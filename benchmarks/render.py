@@ -13,11 +13,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import ledger
 from .aot import Compiled
+from .promises import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 _BENCH_NOTE = (
@@ -435,6 +437,18 @@ def verified(_: dict[str, Any]) -> str:
     return markdown(["kernel", "state"], [[f"`{row['kernel']}`", ledger.sentence(row)] for row in ledger.status(ROOT)])
 
 
+def promises(result: dict[str, Any], section: str) -> str:
+    """What ``benchmarks/scoreboard.py`` wrote, the promises of one section."""
+    known = {row["row"]: row for row in result["rows"]}
+    rows = []
+    for promise in SECTIONS[section]:
+        row = known.get(promise.row, {"outcome": "not run", "figure": ""})
+        figure = row["figure"] if row["outcome"] == "pass" else f"**{row['outcome']}**: {row['figure']}"
+        by = [*promise.tests, *filter(None, [promise.command, promise.record and row.get("command")])]
+        rows.append([promise.row, promise.text, promise.proof, figure, ", ".join(f"`{words}`" for words in by)])
+    return markdown(["", "promise", "how it is proved", "figure", "by"], rows)
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; figures stand right."""
     align = ["---:" if all(not row[i] or row[i][0].isdigit() for row in rows) else "---" for i in range(len(head))]
@@ -474,6 +488,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "grad_cache-cpu": ("grad_cache-cpu.json", grad_cache),
     "scaling": ("scaling.json", scaling),
     "ledger": (None, verified),
+    **{f"promises-{name}": ("scoreboard.json", partial(promises, section=name)) for name in SECTIONS},
 }
 
 if __name__ == "__main__":

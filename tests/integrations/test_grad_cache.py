@@ -98,7 +98,11 @@ def test_a_closure_gives_the_queries() -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_loss_has_the_dtype_of_its_rows_and_fp32_under_autocast(reduction: str) -> None:
     x, y = units(B, D), units(2 * B, D, seed=1)
-    want = SimpleContrastiveLoss(1)(x, y, reduction=reduction)
+
+    def rounded(dtype: torch.dtype) -> Tensor:
+        """The loss in fp64 of rows of a dtype."""
+        return SimpleContrastiveLoss(1)(x.to(dtype).double(), y.to(dtype).double(), reduction=reduction)
+
     targets = (None, torch.arange(B) * 2, torch.eye(2 * B)[::2].double())
     for target in targets:
         soft = target is not None and target.is_floating_point()
@@ -106,11 +110,12 @@ def test_a_loss_has_the_dtype_of_its_rows_and_fp32_under_autocast(reduction: str
             given = target.to(dtype) if soft else target
             loss = SimpleContrastiveLoss(1)(x.to(dtype), y.to(dtype), given, reduction)
             assert loss.dtype == dtype
-            assert error(loss, want) < 4 * torch.finfo(dtype).eps
+            assert error(loss, rounded(dtype)) < torch.finfo(dtype).eps / 2 + 1e-6  # the rounding of the loss
         with torch.autocast("cpu", torch.bfloat16):
             loss = SimpleContrastiveLoss(1)(x.float(), y.float(), target.float() if soft else target, reduction)
         assert loss.dtype == torch.float32
-        assert error(loss, want) < 4 * torch.finfo(torch.bfloat16).eps
+        # soft targets are left to torch, which rounds logits of at most 1 to bf16
+        assert error(loss, rounded(torch.bfloat16)) < (2.0**-9 if soft else 1e-6)
 
 
 X, Y = rows(B, D), rows(2 * B, D, seed=1)

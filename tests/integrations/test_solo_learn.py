@@ -105,8 +105,8 @@ def test_simclr_does_not_overflow() -> None:
     loss, grads = loss_and_grads(lambda z: simclr_loss_func(z, TWO_VIEWS, 0.05), [half])
     want, wanted = loss_and_grads(lambda z: indexed(z, TWO_VIEWS, 0.05), [half.double()])
     assert loss.dtype == torch.float16 and grads[0].dtype == torch.float16
-    # rows are rounded once more, to half, when they are normalised: 2^-11 of a logit of up to 20
-    assert error(loss, want) < 0.01 and error(grads[0], wanted[0]) < 0.02
+    # rows are rounded once more, to half, when they are normalised: 2^-11 of a logit of up to 20, in losses above 10
+    assert error(loss, want) < 1e-3 and error(grads[0], wanted[0]) < 2e-3
 
 
 def test_a_row_without_a_positive_has_an_infinite_loss() -> None:
