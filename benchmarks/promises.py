@@ -244,17 +244,15 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "19",
             "what cannot be done is refused in words, and costs nothing but the call",
-            "mistakes, word for word, with inputs and queues compared; every `raise` of the source; second derivatives "
-            "and `torch.func`",
+            "mistakes, word for word, with inputs and queues compared; twenty values of other types for all arguments; "
+            "every `raise` of the source; second derivatives and `torch.func`",
             (
                 "tests/test_errors.py",
                 *_all(
                     FUNCTIONAL,
-                    "bad_input_is_refused_in_words",
                     "second_derivatives_are_refused_and_reference_is_the_way_out",
                     "functorch_is_refused_and_reference_is_the_way_out",
                 ),
-                "tests/test_pairwise.py::test_bad_input_is_refused_in_words",
             ),
         ),
         Promise(
@@ -310,7 +308,7 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "27",
             "a mistake of one rank is an error on all, and a rank that is gone no hang",
-            "eleven kinds of mistakes, the same words everywhere; one rank dies",
+            "thirteen kinds of mistakes, the same words everywhere; one rank dies",
             _all(DISTRIBUTED, "a_mistake_of_one_rank_is_told_to_all", "a_rank_that_is_gone_is_an_error_and_no_hang"),
         ),
         Promise(

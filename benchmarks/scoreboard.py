@@ -139,7 +139,9 @@ def of_command(command: str) -> dict[str, Any]:
     words = shlex.split(command)
     words[0] = sys.executable if words[0] == "python" else words[0]
     env = {**os.environ, "PYTHON": sys.executable}  # of a Makefile
-    done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     lines = [line.strip("= ") for line in done.stdout.splitlines() if line.strip()]
     counted = [line for line in lines if re.search(r"\d+ passed", line)]  # of pytest, which make does not end with
     figure = "; ".join(counted) or (lines[-1] if lines else "")

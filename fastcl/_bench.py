@@ -79,15 +79,7 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
         for row in _measure(settings, device, n):
             progress(_line(row))
             rows.append(row)
-    return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
-        "machine": machine,
-        "settings": asdict(settings),
-        "rows": rows,
-    }
+    return {**about(settings, machine), "rows": rows}
 
 
 def contenders(
@@ -159,6 +151,23 @@ def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[st
     return figure
 
 
+def about(settings: Any, machine: dict[str, Any]) -> dict[str, Any]:
+    """What every result says beside its figures: how to measure the same again, when and on what it was measured."""
+    return {
+        "command": command(settings),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine,
+        "settings": asdict(settings),
+    }
+
+
+def result_row(keys: Iterable[str], **known: Any) -> dict[str, Any]:
+    """A row of a result, of which every one has the same keys: ``None`` where nothing was measured."""
+    return {**dict.fromkeys(keys), **known}
+
+
 def where(machine: dict[str, Any]) -> str:
     """The machine of a result, for a title."""
     return f"{machine['device']}, {machine['threads']} CPU thread(s)"
@@ -204,7 +213,7 @@ def _measure(settings: Settings, device: torch.device, n: int) -> Iterator[dict[
     for name, matrices in DENSE.items():
         if name in steps and matrices * matrix_gb > settings.dense_limit_gb:
             reason = f"would need about {matrices * matrix_gb:.2g} GB, --dense-limit-gb is {settings.dense_limit_gb:g}"
-            yield _row(n, name, skipped=reason)
+            yield result_row(_KEYS, rows=n, contender=name, skipped=reason)
             del steps[name]
     dense = [name for name in steps if name in DENSE]
 
@@ -213,18 +222,19 @@ def _measure(settings: Settings, device: torch.device, n: int) -> Iterator[dict[
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     fastest = min(dense, key=lambda name: median(seconds[name]), default=None)
     for name in steps:
-        row = _row(n, name, seconds=seconds[name], median_seconds=median(seconds[name]), peak_bytes=memory[name])
+        row = result_row(
+            _KEYS, rows=n, contender=name,
+            seconds=seconds[name], median_seconds=median(seconds[name]), peak_bytes=memory[name],
+        )  # fmt: skip
         if fastest is not None and name not in dense:
             row["times_faster"] = median_ratio(seconds[fastest], seconds[name])
             row["times_less_memory"] = min(memory[d] for d in dense) / memory[name]
         yield row
 
 
-def _row(n: int, contender: str, **measured: Any) -> dict[str, Any]:
-    keys = ("seconds", "median_seconds", "peak_bytes", "times_faster", "times_less_memory", "skipped")
-    return {"rows": n, "contender": contender, **dict.fromkeys(keys), **measured}
-
-
+_KEYS = (
+    "rows", "contender", "seconds", "median_seconds", "peak_bytes", "times_faster", "times_less_memory", "skipped"
+)  # fmt: skip
 _HEAD = (
     f"{'N':>8}  {'contender':<13}  {'median ms':>10}  {'min - max ms':>21}  {'peak MB':>9}"
     f"  {'times faster':>12}  {'times less memory':>17}"

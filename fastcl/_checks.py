@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+DISTANCES = ("euclidean", "squared", "cosine")
+FORMS = ("out", "in")  # of SupCon
+MARGIN_STRATEGIES = ("absolute", "relative")  # of GISTEmbed
 Scalar = float | Tensor
 
 
@@ -18,13 +22,20 @@ def sentence(got: str, expected: str, mend: str) -> str:
     return f"got {got}; expected {expected}. {mend}"
 
 
+def tensor(name: str, value: object, kind: str) -> None:
+    """A dense tensor; ``kind`` says of what."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            sentence(f"{name} of type {type(value).__name__}", f"a torch.Tensor {kind}", "Convert it first.")
+        )
+    if value.layout != torch.strided:
+        raise TypeError(sentence(f"{name} of layout {value.layout}", "a dense tensor", f"Call {name}.to_dense()."))
+
+
 def rows(**tensors: Tensor) -> None:
     """Every tensor is a strided 2-D floating-point matrix; all have one width and one device."""
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(
-                sentence(f"{name} of type {type(t).__name__}", "a torch.Tensor (rows, features)", "Convert it first.")
-            )
+        tensor(name, t, "(rows, features)")
         if t.dtype not in ROW_DTYPES:
             raise TypeError(
                 sentence(
@@ -33,8 +44,6 @@ def rows(**tensors: Tensor) -> None:
                     f"Call {name}.float(); complex and integer embeddings have no inner product here.",
                 )
             )
-        if t.layout != torch.strided:
-            raise TypeError(sentence(f"{name} of layout {t.layout}", "a dense tensor", f"Call {name}.to_dense()."))
         if t.ndim != 2:
             raise ValueError(
                 sentence(
@@ -79,8 +88,7 @@ def same_rows(**tensors: Tensor) -> None:
 def stacked(z: Tensor, views: int = 2) -> None:
     """``z`` holds several views of each image: a multiple of so many rows."""
     rows(z=z)
-    if isinstance(views, bool) or not isinstance(views, int) or views < 2:
-        raise ValueError(sentence(f"views = {views!r}", "an integer of at least 2", "Make two views of every image."))
+    count("views", views, least=2, mend="Make two views of every image.")
     if z.shape[0] % views:
         raise ValueError(
             sentence(
@@ -98,37 +106,41 @@ def labelled(z: Tensor, labels: Tensor) -> None:
     vector("labels", labels, z.shape[0], z, integer=True)
 
 
-def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = False) -> None:
-    """``t`` is one number per row: ``(length,)``, on the device of ``like``, integer or floating as asked."""
+def elements(name: str, t: Tensor, *, integer: bool = False) -> None:
+    """``t`` is a tensor of integers, or of floating-point numbers."""
     kind = "integers" if integer else "floating-point numbers"
-    if not isinstance(t, Tensor):
-        raise TypeError(
-            sentence(f"{name} of type {type(t).__name__}", f"a torch.Tensor of {kind}", "Convert it first.")
-        )
+    tensor(name, t, f"of {kind}")
     is_integer = not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)
-    if is_integer != integer or t.dtype.is_complex:
+    if not (is_integer if integer else t.dtype.is_floating_point):
         raise TypeError(
             sentence(f"{name} of dtype {t.dtype}", kind, f"Call .{'long' if integer else 'float'}() on it.")
         )
+
+
+def vector(name: str, t: Tensor, length: int, like: Tensor, *, integer: bool = False) -> None:
+    """``t`` is one number per row: ``(length,)``, on the device of ``like``, integer or floating as asked."""
+    elements(name, t, integer=integer)
     if t.shape != (length,):
         raise ValueError(
             sentence(f"{name} of shape {tuple(t.shape)}", f"shape ({length},): one per row", "Match it to the rows.")
         )
-    if t.device != like.device:
-        raise ValueError(
-            sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", "Call .to(...) on it.")
-        )
+    _beside(name, t, like)
 
 
 def matrix(name: str, t: Tensor, length: int, like: Tensor) -> None:
     """``t`` is a row of integers per row: ``(length, any)``, on the device of ``like``."""
-    if not isinstance(t, Tensor):
-        got = f"{name} of type {type(t).__name__}"
-        raise TypeError(sentence(got, "a torch.Tensor of integers", "Convert it first."))
+    elements(name, t, integer=True)
     if t.ndim != 2 or t.shape[0] != length:
         got, expected = f"{name} of shape {tuple(t.shape)}", f"shape ({length}, any): a row of integers per row"
         raise ValueError(sentence(got, expected, "Match it to the rows."))
-    vector(name, t.new_empty(length), length, like, integer=True)
+    _beside(name, t, like)
+
+
+def _beside(name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(
+            sentence(f"{name} on {t.device}", f"the device of the rows, {like.device}", "Call .to(...) on it.")
+        )
 
 
 def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
@@ -151,10 +163,34 @@ def scalar(name: str, value: Scalar, *, positive: bool = False) -> None:
         raise ValueError(sentence(f"{name} = {value}", what, mend))
 
 
-def count(name: str, value: int) -> None:
-    """A Python integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(sentence(f"{name} = {value!r}", "an integer of at least 1", "Pass 1 or more."))
+def number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """A Python number within [low, high]."""
+    scalar(name, value)
+    if isinstance(value, Tensor) or not low <= value <= high:
+        got = f"{name} as a tensor" if isinstance(value, Tensor) else f"{name} = {value}"
+        raise ValueError(sentence(got, f"a number from {low} to {high}", "Pass a plain float in this range."))
+
+
+def count(name: str, value: int, *, least: int = 1, most: int | None = None, mend: str = "Pass 1 or more.") -> None:
+    """A Python integer within [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+        raise ValueError(sentence(f"{name} = {value!r}", expected, mend))
+
+
+def flag(**values: bool) -> None:
+    """Every value is true or false, or 1 or 0: what is merely not empty is a mistake."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value not in (0, 1):
+            got = f"{name} = {value!r}" if isinstance(value, int) else f"{name} of type {type(value).__name__}"
+            raise TypeError(sentence(got, "True or False", "Pass one of the two."))
+
+
+def function(name: str, value: object) -> None:
+    """Something that can be called, such as a module."""
+    if not callable(value):
+        got = f"{name} of type {type(value).__name__}"
+        raise TypeError(sentence(got, "a module or a function", "Pass what is to be called."))
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:

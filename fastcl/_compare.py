@@ -10,8 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -21,11 +20,21 @@ import torch
 from torch import Tensor
 
 from . import _peers
-from ._bench import DTYPES, at_least_one, check_rows, command, device_named, need_matplotlib, nothing_kept, where
+from ._bench import (
+    DTYPES,
+    about,
+    at_least_one,
+    check_rows,
+    device_named,
+    need_matplotlib,
+    nothing_kept,
+    result_row,
+    where,
+)
 from ._bench import time_and_memory as figure_of
 from ._checks import choice, sentence
-from ._info import commit, cpu_model, versions
-from ._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
+from ._info import cpu_model
+from ._measure import beyond, interleaved_seconds, median_ratio, nan_last, peak_bytes, relative_error
 from ._peers import LOSSES, PEERS, Loss, Problem
 from .backends import NAMES, available_backends, native, use_backend
 
@@ -121,14 +130,9 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
                 progress(_largest_line(row))
                 largest.append(row)
     return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **about(settings, machine),
         "peers": _peers.package_versions(),
         "missing": missing,
-        "machine": machine,
-        "settings": asdict(settings),
         "rows": rows,
         "errors": errors,
         "largest": largest,
@@ -158,7 +162,7 @@ def times(loss: str, settings: Settings, device: torch.device) -> Iterator[dict[
         functions, oracle = contenders(task, _backends(settings, device), settings.compile), _oracle(task)
         rows, ready = {}, {}
         for name, function in functions.items():
-            row = rows[name] = _row(
+            row = rows[name] = result_row(
                 _TIMES, loss=loss, rows=n, columns=columns, contender=name, skipped=_too_much(
                     name, loss, n, columns, settings, before.get(name)
                 ),
@@ -200,7 +204,7 @@ def accuracy(loss: str, settings: Settings, device: torch.device) -> Iterator[li
                 functions = contenders(task, _backends(settings, device, getattr(torch, dtype)), compiled=False)
                 oracle = _oracle(task)
                 for name, function in [(ROUNDED, task.exact), *functions.items()]:
-                    row = _row(
+                    row = result_row(
                         _ERRORS, loss=loss, dtype=dtype, temperature=temperature, batch=batch, contender=name
                     )  # fmt: skip
                     try:
@@ -223,11 +227,13 @@ def errors(loss: str, contender: str, function: Loss, task: Problem, oracle: Ora
         got, grads = want.float(), [g.to(t.dtype) for g, t in zip(exact, task.leaves, strict=True)]
     else:
         got, grads = _value_and_gradients(function, task.leaves)
-    of_grads = [_relative(g, e) for g, e in zip(grads, exact, strict=True)]
+    of_grads = [relative_error(g, e) for g, e in zip(grads, exact, strict=True)]
     of_rows = [e for e, t in zip(of_grads, task.leaves, strict=True) if t.ndim]
     of_numbers = [e for e, t in zip(of_grads, task.leaves, strict=True) if not t.ndim]
     found = {
-        "loss_error": _relative(got, want), "gradient_error": _worst(of_rows), "number_error": _worst(of_numbers)
+        "loss_error": relative_error(got, want),
+        "gradient_error": max(of_rows, key=nan_last, default=None),
+        "number_error": max(of_numbers, key=nan_last, default=None),
     }  # fmt: skip
     wild = [name for name, error in found.items() if error is not None and not math.isfinite(error)]
     return {
@@ -392,26 +398,12 @@ def _value_and_gradients(function: Loss, leaves: list[Tensor]) -> tuple[Tensor, 
     return loss.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    """0 where both are: Frobenius distance over the size of what is wanted."""
-    distance, size = float((got.double() - want).norm()), float(want.norm())
-    return 0.0 if distance == 0 else distance / size if size else math.inf
-
-
-def _worst(found: list[float]) -> float | None:
-    return max(found, key=lambda error: error if math.isfinite(error) else math.inf, default=None)
-
-
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 _TIMES = ("seconds", "median_seconds", "of_eager", "peak_bytes", "loss_error", "gradient_error", "skipped")
 _ERRORS = ("loss_error", "gradient_error", "number_error", "failed")
-
-
-def _row(keys: tuple[str, ...], **known: Any) -> dict[str, Any]:
-    return {**dict.fromkeys(keys), **known}
 
 
 def _only(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, pairwise
+from ._checks import function
 from .backends import Pairs, choose
 
 _OPS = {"pair_reduce_grad": "grad", "contrastive_grad": "contrastive"}  # of operators named otherwise
@@ -27,6 +28,7 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         args, kwargs: its arguments; for a name, temperature, scale, bias, margin and topk may be left out.
 
     Raises:
+        TypeError: neither a name nor something that can be called.
         ValueError: no function has that name.
 
     Example:
@@ -44,6 +46,7 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     if isinstance(loss, str):
         loss, kwargs = _named(loss, kwargs)
+    function("loss", loss)
     calls: dict[tuple[Any, ...], tuple[str, str, Tensor, int]] = {}
     untraced: list[str] = []
 
@@ -88,13 +91,13 @@ def explain(loss: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def _named(name: str, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    function = getattr(functional, name, None) or getattr(pairwise, name, None)
-    if name.startswith("_") or not inspect.isfunction(function):
+    found = getattr(functional, name, None) or getattr(pairwise, name, None)
+    if name.startswith("_") or not inspect.isfunction(found):
         raise ValueError(
             f"got the name {name!r}; expected a function of fastcl.functional or fastcl.pairwise. Check the spelling."
         )
-    needed = {n: v for n, v in _SOME_VALUE.items() if n in inspect.signature(function).parameters}
-    return function, {**needed, **kwargs}
+    needed = {n: v for n, v in _SOME_VALUE.items() if n in inspect.signature(found).parameters}
+    return found, {**needed, **kwargs}
 
 
 def _describe(name: str, op: str, x: Tensor, n: int) -> str:

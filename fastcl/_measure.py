@@ -1,13 +1,15 @@
-"""How long something takes and how much memory it needs, the same way everywhere in the project."""
+"""How long something takes, how much memory it needs and how wrong it is, the same way everywhere in the project."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print two lines for every measurement
@@ -93,3 +95,14 @@ def graphed(step: Callable[[], object]) -> Callable[[], object]:
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over rounds of ``slow / fast``: how many times faster the second contender is."""
     return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Frobenius distance over the size of what is wanted, which is fp64, on any device; 0 where both are 0."""
+    distance, size = float((got.detach().to(want.device).double() - want).norm()), float(want.norm())
+    return 0.0 if distance == 0 else distance / size if size else math.inf
+
+
+def nan_last(error: float) -> float:
+    """Sort key under which a NaN is the worst error of all; ``max`` alone may forget one."""
+    return error if math.isfinite(error) else math.inf

@@ -205,6 +205,7 @@ def _fake_contrastive(
 ) -> tuple[Tensor, ...]:
     rows, d = x.shape[0] * (1 if y is None else 2), x.shape[1]
     anchors = rows if y is None or both else x.shape[0]
+    # ranges of keys are those of _cuda._SHORTEST_RANGE rows, of every backend
     keys = x.new_empty(rows, dtype=torch.int64 if backend == "native" else torch.int32)
     return (
         _new(x, anchors), x.new_empty((rows, d), dtype=dtype), _new(x, rows if normalize else 0), _new(x, rows),

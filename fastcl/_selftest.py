@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _settings, functional, reference
 from ._info import devices, versions
+from ._measure import nan_last, relative_error
 from .backends import NAMES, tf32_is_allowed, use_backend, why_not
 from .testing import CASES, HOT, LossCase
 
@@ -121,7 +122,7 @@ def _test(device: torch.device, backend: str, dtype: torch.dtype, dim: int) -> l
         try:
             for case in cases:
                 errors = _errors(case, backend, n, dim, dtype=dtype, device=device, **inputs)
-                worst = [max(a, b, key=_nan_last) for a, b in zip(worst, errors, strict=True)]
+                worst = [max(a, b, key=nan_last) for a, b in zip(worst, errors, strict=True)]
         except Exception as raised:  # a broken kernel is a line of the table, whatever it raises
             worst, failure = [inf, inf], f"{type(raised).__name__}: {raised}"
         # written so that a NaN fails
@@ -149,8 +150,8 @@ def _errors(case: LossCase, backend: str, batch: int, dim: int, **inputs: Any) -
     exact_args = [_exact(a) for a in args]
     exact_kwargs = {name: _exact(a) for name, a in kwargs.items()}
     exact_loss, exact_grads = _value_and_grads(getattr(reference, case.name), exact_args, exact_kwargs, batch)
-    grad_errors = [_relative(got, want) for got, want in zip(grads, exact_grads, strict=True)]
-    return _relative(loss, exact_loss), max(grad_errors, key=_nan_last)
+    grad_errors = [relative_error(got, want) for got, want in zip(grads, exact_grads, strict=True)]
+    return relative_error(loss, exact_loss), max(grad_errors, key=nan_last)
 
 
 def _value_and_grads(
@@ -168,15 +169,6 @@ def _exact(value: Any) -> Any:
         return value
     t = value.detach().cpu()
     return t.double().requires_grad_(value.requires_grad) if t.is_floating_point() else t
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().cpu().double() - want).norm() / want.norm())
-
-
-def _nan_last(error: float) -> float:
-    """Sort key under which a NaN is the worst error of all; ``max`` alone may forget one."""
-    return error if isfinite(error) else inf
 
 
 def _dim(backend: str, device: torch.device, dtype: torch.dtype) -> int | str:

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from . import _checks
 from ._checks import sentence
 
 Encoder = Callable[..., Any]
@@ -61,8 +62,9 @@ def cached_loss(
         What the loss gives.
 
     Raises:
-        TypeError, ValueError: as :func:`cached_embeddings` does.
+        TypeError, ValueError: as :func:`cached_embeddings` does; a loss that cannot be called.
     """
+    _checks.function("loss", loss)
     return loss(*cached_embeddings(encoders, inputs, chunk_size=chunk_size))
 
 
@@ -91,7 +93,7 @@ def cached_embeddings(
         For every tower what its encoder gives: a tensor ``(B, ...)``, or a nesting of such.
 
     Raises:
-        TypeError: inputs without a tensor.
+        TypeError: inputs without a tensor, encoders that cannot be called, a chunk size of another type.
         ValueError: tensors of different numbers of rows in one tower, a chunk size below 1, chunks that do not add up,
             not one encoder or chunk size for each tower; an encoder that gives another number of rows than it got.
 
@@ -119,12 +121,17 @@ def token_chunks(lengths: Tensor | Sequence[int], budget: int) -> list[int]:
         budget: rows of a chunk times its longest; a single row may be longer.
 
     Raises:
+        TypeError: lengths that are not numbers.
         ValueError: a budget below 1.
     """
-    if budget < 1:
-        raise ValueError(sentence(f"budget = {budget}", "at least 1", "Pass the tokens that fit into memory."))
+    _checks.count("budget", budget, mend="Pass the tokens that fit into memory.")
+    try:
+        tokens = [int(length) for length in lengths]
+    except (TypeError, ValueError) as error:
+        got = f"lengths of type {type(lengths).__name__} ({error})"
+        raise TypeError(sentence(got, "one number of tokens per row", "Pass a list or a vector.")) from error
     sizes, rows, longest = list[int](), 0, 0
-    for length in map(int, lengths):
+    for length in tokens:
         longest = max(longest, length)
         if rows and (rows + 1) * longest > budget:
             sizes.append(rows)
@@ -213,12 +220,12 @@ class _Tower:
         size = self.chunk_size
         if size == "auto":
             size = _largest(self)
-        if isinstance(size, str) or (isinstance(size, int) and size < 1):
-            raise ValueError(sentence(f"chunk_size = {size!r}", "at least 1, 'auto', or sizes", _FITTING))
-        if isinstance(size, int):
+        if isinstance(size, int) and size > 0:
             starts = range(0, max(self.rows, 1), size)
             return [slice(start, min(start + size, self.rows)) for start in starts]
-        if sum(size) != self.rows or any(n < 1 for n in size):
+        if not isinstance(size, Sequence) or isinstance(size, str):
+            raise ValueError(sentence(f"chunk_size = {size!r}", "at least 1, 'auto', or sizes", _FITTING))
+        if not all(isinstance(n, int) and n > 0 for n in size) or sum(size) != self.rows:
             got = f"chunks of {list(size)} rows for {self.rows}"
             raise ValueError(sentence(got, "sizes of at least 1 that add up", "Use token_chunks, which makes such."))
         ends = torch.tensor(size).cumsum(0).tolist()
@@ -275,11 +282,14 @@ def _towers(encoders: Any, inputs: Any, chunk_size: Any) -> list[_Tower]:
     of_towers = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     count = len(of_towers)
     shared = callable(encoders)
+    if not shared and not (isinstance(encoders, Sequence) and all(map(callable, encoders))):
+        mend = "Pass one for all towers, or a list of one for each."
+        raise TypeError(sentence(f"encoders of type {type(encoders).__name__}", "modules or functions", mend))
     each = [encoders] * count if shared else list(encoders)
     if len(each) != count:
         mend = "Pass one encoder for all towers, or one each."
         raise ValueError(sentence(f"{len(each)} encoders for {count} towers", f"{count}, or one", mend))
-    if not isinstance(chunk_size, int | Iterable):
+    if not isinstance(chunk_size, int | Sequence):
         raise TypeError(sentence(f"chunk_size of type {type(chunk_size).__name__}", "rows, 'auto', or sizes", _FITTING))
     sizes: list[Any] = [chunk_size] * count
     if not isinstance(chunk_size, int | str) and not all(isinstance(size, int) for size in chunk_size):

@@ -59,10 +59,14 @@ def pair_hinges(
         TypeError, ValueError: rows or labels that do not fit, an unknown distance.
     """
     _checks.rows(q=q) if k is None else _checks.rows(q=q, k=k)
-    _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+    _checks.choice("distance", distance, _checks.DISTANCES)
+    _checks.number("positive_margin", positive_margin)
+    _checks.number("negative_margin", negative_margin)
+    _checks.flag(skip_diagonal=skip_diagonal)
     _checks.vector("labels", labels, len(q), q, integer=True)
     if k is None:
         column_labels = labels
+    _checks.tensor("column_labels", column_labels, "of integers")
     assert column_labels is not None
     _checks.vector("column_labels", column_labels, len(q if k is None else k), q, integer=True)
     margins = positive_margin, negative_margin

@@ -46,6 +46,10 @@ def similarity_tile(
     Returns:
         ``logits`` and ``weights``, both ``(R, C)`` fp32 (fp64). A row that keeps no pair has weights 0. No gradient.
     """
+    for name, part in (("rows", rows), ("cols", cols)):
+        if not isinstance(part, slice):
+            got = f"{name} of type {type(part).__name__}"
+            raise TypeError(sentence(got, "a slice", "Pass slice(start, stop), or leave it out for all."))
     logits = chunked.logits(_two_sets(q, k, options).sliced(rows, cols))
     row_lse = pair_logsumexp(q, q if k is None else k, **options)[rows, None]
     return SimilarityTile(logits, (logits - row_lse.masked_fill(row_lse == -torch.inf, 0)).exp())
@@ -98,6 +102,7 @@ def pair_statistics(
         >>> watch = fastcl.pair_statistics(10 * row_dot(q, k), q, k, scale=10.0, drop=torch.arange(len(q)))
         >>> print(watch.hit.float().mean())
     """
+    _checks.rows(q=q)
     _checks.vector("positive", positive, q.shape[0], q)
     n = pair_logsumexp(q, k, scale=scale, **options)
     twice = pair_logsumexp(q, k, scale=2 * scale, **options)  # log of the sum of squared exponentials

@@ -43,7 +43,8 @@ class _Loss(nn.Module):
         self, *, normalize: bool = True, reduction: str = "mean", process_group: Any = None, **ranks: Any
     ) -> None:
         super().__init__()
-        _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.flag(normalize=normalize)
         self.normalize = normalize
         self.reduction = reduction
         self.ranks: Ranks | None = None
@@ -93,6 +94,7 @@ class _TemperatureLoss(_Loss):
     def __init__(self, temperature: Scalar = 0.1, *, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__(**options)
         _checks.scalar("temperature", temperature, positive=True)
+        _checks.flag(learn_temperature=learn_temperature)
         self.log_scale: nn.Parameter | None
         if learn_temperature:
             if isinstance(temperature, Tensor):
@@ -129,7 +131,7 @@ class _TwoViewLoss(_TemperatureLoss):
             _checks.same_rows(**{f"view{i}": view for i, view in enumerate(given)})
             return torch.cat(given), len(given)
         (z,) = given
-        if isinstance(z, Tensor) and z.ndim == 3:
+        if _holds_views(z):
             return z.transpose(0, 1).flatten(0, 1), z.shape[1]
         _checks.stacked(z)
         return z, 2
@@ -169,13 +171,13 @@ class NTXentLoss(_TwoViewLoss):
         weights: Tensor | None = None,
     ) -> Tensor:
         z, views = view0, 2
-        if labels is None or view1 is not None or view0.ndim == 3:
+        if labels is None or view1 is not None or _holds_views(view0):
             z, views = self._stack(view0, view1, *more_views)
             if labels is not None:
                 _checks.vector("labels", labels, len(view0), view0, integer=True)
                 labels = labels.repeat(views)
-        return self._evaluate(F.nt_xent, 
-            z, labels, temperature=self.temperature, views=views,
+        return self._evaluate(
+            F.nt_xent, z, labels, temperature=self.temperature, views=views,
             extra_negatives=extra_negatives, ids=ids, weights=weights, **self._options,
         )  # fmt: skip
 
@@ -225,9 +227,9 @@ class HardNTXentLoss(_TwoViewLoss):
         self.tau_plus, self.beta = tau_plus, beta
 
     def forward(self, view0: Tensor, view1: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.hard_nt_xent, 
-            self._two(view0, view1), temperature=self.temperature, tau_plus=self.tau_plus, beta=self.beta,
-            weights=weights, **self._options,
+        return self._evaluate(
+            F.hard_nt_xent, self._two(view0, view1), temperature=self.temperature,
+            tau_plus=self.tau_plus, beta=self.beta, weights=weights, **self._options,
         )  # fmt: skip
 
 
@@ -267,8 +269,8 @@ class InfoNCELoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.info_nce, 
-            query, key, negatives, temperature=self.temperature,
+        return self._evaluate(
+            F.info_nce, query, key, negatives, temperature=self.temperature,
             extra_negatives=extra_negatives, own_negatives=own_negatives, ids=ids,
             symmetric=self.symmetric, label_smoothing=self.label_smoothing,
             hardness=self.hardness, own_hardness=self.own_hardness, weights=weights, **self._options,
@@ -298,8 +300,8 @@ class InBatchSoftmaxLoss(_TemperatureLoss):
         ids: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.in_batch_softmax, 
-            query, key, temperature=self.temperature, log_q=log_q, ids=ids,
+        return self._evaluate(
+            F.in_batch_softmax, query, key, temperature=self.temperature, log_q=log_q, ids=ids,
             correct_positive=self.correct_positive, weights=weights, **self._options,
         )  # fmt: skip
 
@@ -326,7 +328,7 @@ class GISTLoss(_TemperatureLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
-        _checks.choice("margin_strategy", margin_strategy, ("absolute", "relative"))
+        _checks.choice("margin_strategy", margin_strategy, _checks.MARGIN_STRATEGIES)
         self.margin, self.margin_strategy = margin, margin_strategy
         self.contrast_anchors, self.contrast_positives = contrast_anchors, contrast_positives
 
@@ -341,8 +343,8 @@ class GISTLoss(_TemperatureLoss):
         guide_negatives: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        return self._evaluate(F.gist, 
-            query, key, guide_query, guide_key, temperature=self.temperature,
+        return self._evaluate(
+            F.gist, query, key, guide_query, guide_key, temperature=self.temperature,
             margin=self.margin, margin_strategy=self.margin_strategy, negatives=negatives,
             guide_negatives=guide_negatives, contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives, weights=weights, **self._options,
@@ -529,7 +531,7 @@ class SupConLoss(_TemperatureLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
-        _checks.choice("form", form, ("out", "in"))
+        _checks.choice("form", form, _checks.FORMS)
         _checks.choice("contrast_mode", contrast_mode, ("all", "one"))
         self.form, self.contrast_mode, self.base_temperature = form, contrast_mode, base_temperature
 
@@ -541,7 +543,7 @@ class SupConLoss(_TemperatureLoss):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        stacked = isinstance(z, Tensor) and z.ndim == 3
+        stacked = _holds_views(z)
         _checks.rows(z=z[:, :1].flatten(0, 1) if stacked else z)
         views = z.shape[1] if stacked else 1
         n = len(z)
@@ -603,8 +605,8 @@ class MultiSimilarityLoss(_Loss):
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
 
     def forward(self, z: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.multi_similarity, 
-            z, labels, alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon,
+        return self._evaluate(
+            F.multi_similarity, z, labels, alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon,
             weights=weights, **self._options,
         )  # fmt: skip
 
@@ -632,7 +634,7 @@ class BatchTripletLoss(_Loss):
     ) -> None:
         super().__init__(**options)
         _checks.choice("mining", mining, ("hard", "semi-hard", "all"))
-        _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.mining, self.distance = margin, mining, distance
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -661,11 +663,12 @@ class TripletLoss(_Loss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.distance, self.swap = margin, distance, swap
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        return self._evaluate(F.triplet, 
-            anchor, positive, negative, margin=self.margin, distance=self.distance, swap=self.swap,
+        return self._evaluate(
+            F.triplet, anchor, positive, negative, margin=self.margin, distance=self.distance, swap=self.swap,
             weights=weights, **self._options,
         )  # fmt: skip
 
@@ -683,6 +686,7 @@ class SiameseLoss(_Loss):
 
     def __init__(self, margin: float = 1.0, *, distance: str = "euclidean", **options: Any) -> None:
         super().__init__(**options)
+        _checks.choice("distance", distance, _checks.DISTANCES)
         self.margin, self.distance = margin, distance
 
     def forward(self, a: Tensor, b: Tensor, similar: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -751,6 +755,11 @@ class CosFaceLoss(_Loss):
         return self._evaluate(
             F.cosface, z, self.proxies, labels, scale=self.scale, margin=self.margin, weights=weights, **self._options
         )
+
+
+def _holds_views(z: Tensor) -> bool:
+    """Whether one tensor holds several views of each image, ``(B, V, D)``."""
+    return isinstance(z, Tensor) and z.ndim == 3
 
 
 def _classes(mask: Tensor, z: Tensor) -> Tensor:

@@ -168,6 +168,7 @@ def contrastive(
     else:
         _checks.same_rows(q=q, k=k)
     _check_scale(scale)
+    _checks.flag(normalize=normalize, both=both)
     y = q if k is None else k
     dtype = operand_dtype(q, y)
     if torch.compiler.is_compiling() or y.dtype != q.dtype or not len(q) or dtype == torch.float64:
@@ -185,6 +186,10 @@ def merge_logsumexp(*parts: Tensor) -> Tensor:
 
     A row that is empty (``-inf``) in every block stays ``-inf`` and sends no gradient.
     """
+    _checks.count("the number of parts", len(parts), mend="Pass the log-sum-exp of every block of columns.")
+    _checks.elements("part 0", parts[0])
+    for number, part in enumerate(parts):
+        _checks.vector(f"part {number}", part, parts[0].numel(), parts[0])
     stack = torch.stack(parts)
     empty = (stack == -torch.inf).all(0)
     # logsumexp differentiates an all-empty row to NaN: it is given a harmless one instead
@@ -237,13 +242,16 @@ def listed_dot(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         gradients no more than a few chunks of gathered rows are stored, forward and backward.
     """
     _checks.rows(q=q, k=k)
-    _checks.vector("rows", rows, len(rows), q, integer=True)
+    _checks.elements("rows", rows, integer=True)
+    _checks.vector("rows", rows, rows.numel(), q, integer=True)
     _checks.vector("columns", columns, len(rows), q, integer=True)
     return apply(_ListedDot, q, _distinct(k, q), rows, _distinct(columns, rows), operand_dtype(q, k))
 
 
 def scale_gradient(x: Tensor, factor: Scalar) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor``."""
+    _checks.elements("x", x)
+    _checks.scalar("factor", factor)
     still = x.detach()
     if isinstance(factor, Tensor):
         factor = factor.detach()
@@ -306,6 +314,7 @@ def pair_topk(
         fewer pairs are kept the index is -1 and the similarity -inf (+inf with ``largest=False``). No gradient.
     """
     _checks.count("topk", topk)
+    _checks.flag(largest=largest)
     if (across := _across.current()) is not None:
         options = {"topk": topk, "col_bias": col_bias, "drop": drop, "only": only, "ceiling": ceiling}
         return across.topk(pair_topk, q, q if k is None else k, {**options, "largest": largest})
@@ -330,6 +339,7 @@ def _reduce(
     guide: Guide,
     both: bool,
 ) -> Any:
+    _checks.flag(both=both)
     if (across := _across.current()) is not None:
         masks = {"drop": drop, "only": only, "ceiling": ceiling, "guide": guide}
         options = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, **masks, "both": both}

@@ -1,7 +1,7 @@
 """One table of losses and inputs, shared by tests and benchmarks.
 
-A row names a loss that ``fastcl.functional`` and ``fastcl.reference`` both have, and says how to make its inputs. A new
-loss is one new row here: tests, benchmarks and ``fastcl selftest`` follow.
+A row names a loss that ``fastcl.functional`` and ``fastcl.reference`` both have, and says how to make its inputs. Of a
+new loss one row here is all that tests, benchmarks and ``fastcl selftest`` need.
 """
 
 from __future__ import annotations

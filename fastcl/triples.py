@@ -80,7 +80,7 @@ def semi_hard(z: Tensor, labels: Tensor, margin: float | None, distance: str) ->
 def _triplets(
     rule: type[_Block], z: Tensor, labels: Tensor, margin: float | None, distance: str
 ) -> tuple[Tensor, Tensor]:
-    _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+    _checks.choice("distance", distance, _checks.DISTANCES)
     if margin is not None:
         _checks.scalar("margin", margin)
     sums, above = apply(_Triplets, rule, z, labels, margin, distance)

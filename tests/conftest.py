@@ -79,6 +79,7 @@ SHARED = (
     "tests/test_aot.py",
     "tests/test_cuda.py",
     "tests/test_distributed.py",
+    "tests/test_four_edits.py",
     "tests/test_grad_cache.py",
     "tests/test_package.py",
     "tests/test_site.py",

@@ -298,6 +298,8 @@ def disagreements(group: Any, world: int) -> Found:
         "no matrix": lambda: loss(z[0] if odd else z),
         "no tensor": lambda: loss("rows" if odd else z),  # type: ignore[arg-type]
         "labels": lambda: loss(z, torch.zeros(3 if odd else 4, dtype=torch.long), name="SINCERELoss"),
+        "normalization": lambda: functional_loss(normalize=bool(odd)),
+        "a type": lambda: functional_loss(normalize="no" if odd else True),
         "an argument": lambda: functional_loss(**({"ids": torch.arange(2)} if odd else {})),
         "a gradient of the scale": lambda: functional_loss(
             temperature=torch.tensor(0.1, requires_grad=odd)

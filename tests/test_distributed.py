@@ -178,6 +178,8 @@ def test_a_mistake_of_one_rank_is_told_to_all(world: int, found: Callable[[int],
         "no matrix": "",
         "no tensor": "",
         "labels": "labels",
+        "normalization": "normalize",
+        "a type": "normalize of type str",
         "an argument": "ids",
         "a gradient of the scale": "temperature",
     }

@@ -1,15 +1,18 @@
 """The survey of errors: what came, what was expected, how to mend it; and a mistake costs nothing but itself.
 
-Each module has tests of its own for when it refuses; here stand the words, whole, and what a refusal leaves behind.
+Here stand the words, whole, and what a refusal leaves behind.
 ``...`` in a message stands for any text.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from fastcl import _across, cli, inspection
 from fastcl import functional as F
 from fastcl import pairwise as P
 from fastcl.backends import forced
-from fastcl.distributed import Ranks
+from fastcl.distributed import Ranks, all_rows, evaluate, shuffle_batch
+from fastcl.hinges import pair_hinges
 from fastcl.integrations import _dropin, patch
 from fastcl.integrations.grad_cache import ContrastiveLossWithQueryClosure, SimpleContrastiveLoss
 from fastcl.integrations.inf_cl import cal_inf_loss
-from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func
+from fastcl.integrations.solo_learn import moco_loss_func, simclr_loss_func, simsiam_loss_func
 from fastcl.integrations.sup_contrast import SupConLoss
+from fastcl.testing import CASES
 from fastcl.trainer import errors
 from fastcl.trainer.config import TrainConfig
 from fastcl.trainer.errors import TrainError
@@ -77,6 +82,8 @@ TEMPERATURE = "a finite number above 0. Choose one; 0.05 to 0.5 are usual."
 COUNT = "an integer of at least 1. Pass 1 or more."
 REDUCTION = "one of 'mean', 'sum', 'none'. Choose one."
 DISTANCE = "one of 'euclidean', 'squared', 'cosine'. Choose one."
+FORM = "one of 'out', 'in'. Choose one."
+STRATEGY = "one of 'absolute', 'relative'. Choose one."
 VIEWS = "of rows: view 0 of every image, then view 1 of every image. Stack the views with torch.cat([view0, view1])."
 PLAIN = "Use the function of the same name in fastcl.reference, which is plain"
 
@@ -94,12 +101,16 @@ FUNCTIONS: list[Row] = [
      "got z of shape (4,); expected two dimensions (rows, features). Use z.flatten(0, -2) to make every leading "
      "index a row.",
      lambda: F.nt_xent(Z[0], temperature=1)),
+    (V, "got z of shape (1, 6, 4); expected two dimensions (rows, features). Use z.flatten(0, -2) ...",
+     lambda: F.nt_xent(Z[None], temperature=1)),
     (V, f"got z of shape (5, 4); expected an even number {VIEWS}", lambda: F.nt_xent(X, temperature=1)),
     (V, f"got z of shape (6, 4); expected a multiple of 4 {VIEWS}", lambda: F.nt_xent(Z, views=4, temperature=1)),
     (V, "got views = 1; expected an integer of at least 2. Make two views of every image.",
      lambda: F.nt_xent(Z, views=1, temperature=1)),
     (V, f"got temperature = 0.0; expected {TEMPERATURE}", lambda: F.nt_xent(Z, temperature=0.0)),
+    (V, f"got temperature = -1.0; expected {TEMPERATURE}", lambda: F.supcon(Z, LABELS, temperature=-1.0)),
     (V, f"got temperature = nan; expected {TEMPERATURE}", lambda: F.nt_xent(Z, temperature=math.nan)),
+    (V, f"got temperature = inf; expected {TEMPERATURE}", lambda: F.dcl(Z, temperature=math.inf)),
     (T, f"got temperature of type str; expected {SCALAR}", lambda: F.nt_xent(Z, temperature="0.1")),
     (T, f"got temperature of type bool; expected {SCALAR}", lambda: F.nt_xent(Z, temperature=True)),
     (V, "got temperature of shape (6,); expected a number or a 0-d tensor. Use temperature.squeeze().",
@@ -108,6 +119,11 @@ FUNCTIONS: list[Row] = [
      lambda: F.nt_xent(Z, temperature=ROWS[1])),
     (V, f"got reduction = 'avg'; expected {REDUCTION}", lambda: F.nt_xent(Z, temperature=1, reduction="avg")),
     (V, f"got weights of shape (5,); expected {PER_ROW}", lambda: F.nt_xent(Z, temperature=1, weights=ON[:5])),
+    (V, f"got weights of shape (6, 4); expected {PER_ROW}", lambda: F.dcl(Z, temperature=1, weights=Z)),
+    (T, "got weights of dtype torch.int64; expected floating-point numbers. Call .float() on it.",
+     lambda: F.dcl(Z, temperature=1, weights=ROWS)),
+    (V, "got ids of shape (6,); expected shape (3,): one per row. Match it to the rows.",
+     lambda: F.nt_xent(Z, temperature=1, ids=LABELS)),
     (V, "got ids beside labels; expected one of the two. Omit ids: rows of one label are never negatives.",
      lambda: F.nt_xent(Z, temperature=1, labels=LABELS, ids=LABELS)),
     (T, "got labels of type list; expected a torch.Tensor of integers. Convert it first.",
@@ -116,6 +132,8 @@ FUNCTIONS: list[Row] = [
     (V, f"got q of shape (6, 4) and k of shape (6, 3); expected {SAME}", lambda: F.info_nce(Z, W, temperature=1)),
     (V, "got q on cpu and k on meta; expected one device. Call k.to(q.device).",
      lambda: F.info_nce(Z, Z.to("meta"), temperature=1)),
+    (V, f"got q of shape (6, 4) and negatives of shape (6, 3); expected {SAME}",
+     lambda: F.info_nce(Z, Z, W, temperature=1)),
     (V, "got symmetric=True with negatives; expected in-batch negatives alone. Omit one of them.",
      lambda: F.info_nce(Z, Z, X, symmetric=True, temperature=1)),
     (V, "got ids with negatives; expected in-batch negatives, which have ids. Omit one of them.",
@@ -132,6 +150,11 @@ FUNCTIONS: list[Row] = [
      lambda: F.info_nce(Z, Z, own_negatives=[X], temperature=1)),
     (T, "got log_q of type NoneType; expected a torch.Tensor of floating-point numbers. Convert it first.",
      lambda: F.in_batch_softmax(Z, Z, log_q=None, temperature=1)),
+    (V, f"got log_q of shape (5,); expected {PER_ROW}", lambda: F.in_batch_softmax(Z, Z, log_q=ON[:5], temperature=1)),
+    (V, f"got guide_q of shape (6, 4) and guide_k of shape (5, 4); expected {PAIRED}",
+     lambda: F.gist(Z, Z, Z, X, temperature=1)),
+    (V, f"got margin_strategy = 'x'; expected {STRATEGY}",
+     lambda: F.gist(Z, Z, Z, Z, margin_strategy="x", temperature=1)),
     (V, "got negatives without their guide, or the reverse; expected both or neither. Pass both.",
      lambda: F.gist(Z, Z, Z, Z, negatives=X, temperature=1)),
     (V, "got index of shape (6,); expected shape (6, any): a row of integers per row. Match it to the rows.",
@@ -144,16 +167,39 @@ FUNCTIONS: list[Row] = [
     (V, f"got labels of shape (5,); expected {PER_ROW}", lambda: F.supcon(Z, LABELS[:5], temperature=1)),
     (V, "got labels on meta; expected the device of the rows, cpu. Call .to(...) on it.",
      lambda: F.supcon(Z, LABELS.to("meta"), temperature=1)),
-    (V, "got form = 'both'; expected one of 'out', 'in'. Choose one.",
+    (V, f"got form = 'both'; expected {FORM}",
      lambda: F.supcon(Z, LABELS, form="both", temperature=1)),
-    (V, "got anchors = 7; expected a number of rows, 0 to 6. Omit it for all rows.",
+    (V, "got anchors = 7; expected an integer from 0 to 6. Omit it for all rows.",
      lambda: F.supcon(Z, LABELS, anchors=7, temperature=1)),
+    (T, "got labels of dtype torch.float32; expected integers. Call .long() on it.",
+     lambda: F.supcon(Z, ON, temperature=1)),
+    (V, f"got base_temperature = 0.0; expected {TEMPERATURE}",
+     lambda: F.supcon(Z, LABELS, base_temperature=0.0, temperature=1)),
+    (V, "got alpha = 0.0; expected a finite number above 0. Check how it was computed.",
+     lambda: F.multi_similarity(Z, LABELS, alpha=0.0)),
+    (V, "got sigma = 0.0; expected a number from 5e-324 to inf. Pass a plain float in this range.",
+     lambda: F.dclw(Z, sigma=0.0, temperature=1)),
+    (V, "got tau_plus = 1.0; expected a number from 0.0 to 0.9999999403953552. Pass a plain float in this range.",
+     lambda: F.debiased_nt_xent(Z, tau_plus=1.0, temperature=1)),
+    (V, "got beta = -1.0; expected a number from 0.0 to inf. Pass a plain float in this range.",
+     lambda: F.hard_nt_xent(Z, beta=-1.0, temperature=1)),
     (V, "got beta as a tensor; expected a number from 0.0 to inf. Pass a plain float in this range.",
      lambda: F.hard_nt_xent(Z, beta=ON[0], temperature=1)),
     (V, "got margin = nan; expected a finite number. Check how it was computed.",
      lambda: F.triplet(Z, Z, Z, margin=math.nan)),
     (V, f"got distance = 'city'; expected {DISTANCE}", lambda: F.triplet_hard(Z, LABELS, margin=0.2, distance="city")),
+    (T, f"got margin of type str; expected {SCALAR}", lambda: F.triplet_all(Z, LABELS, margin="0.2")),
     (T, f"got margin of type NoneType; expected {SCALAR}", lambda: F.triplet_all(Z, LABELS, margin=None)),
+    (T, "got normalize of type str; expected True or False. Pass one of the two.",
+     lambda: F.nt_xent(Z, temperature=1, normalize="no")),
+    (T, "got symmetric = 2; expected True or False. Pass one of the two.",
+     lambda: F.info_nce(Z, Z, temperature=1, symmetric=2)),
+    (V, "got anchors = '1'; expected an integer from 0 to 6. Omit it for all rows.",
+     lambda: F.supcon(Z, LABELS, anchors="1", temperature=1)),
+    (T, "got weights of dtype torch.bool; expected floating-point numbers. Call .float() on it.",
+     lambda: F.clip(Z, Z, scale=1.0, weights=LABELS > 0)),
+    (V, f"got z of shape (6, 4) and extra_negatives of shape (6, 3); expected {SAME}",
+     lambda: F.nt_xent(Z, temperature=1, extra_negatives=W)),
     (T, "got similar of dtype torch.bool; expected integers. Call .long() on it.",
      lambda: F.siamese(Z, Z, LABELS > 0, margin=1.0)),
     (V, f"got z of shape (6, 4) and proxies of shape (6, 3); expected {SAME}", lambda: F.cosface(Z, W, LABELS)),
@@ -176,6 +222,16 @@ PRIMITIVES: list[Row] = [
      lambda: P.pair_logsumexp(Z, X, scale=1.0, drop=(ROWS,))),
     (T, "got only (of the rows) of dtype torch.float32; expected integers. Call .long() on it.",
      lambda: P.pair_logsumexp(Z, scale=1.0, only=ON)),
+    (T, "got only (of the rows) of dtype torch.bool; expected integers. Call .long() on it.",
+     lambda: P.pair_logsumexp(Z, scale=1.0, only=ON > 0)),
+    (V, f"got drop (of the rows) of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, drop=(ROWS[:5], ROWS[:5]))),
+    (V, "got drop (of the rows) on meta; expected the device of the rows, cpu. Call .to(...) on it.",
+     lambda: P.pair_logsumexp(Z, scale=1.0, drop=ROWS.to("meta"))),
+    (V, f"got row_bias of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, row_bias=ON[:5])),
+    (V, "got scale = 0; expected any other number. Choose one: with 0 all logits are equal.",
+     lambda: P.pair_logsumexp(Z, X, scale=0.0)),
     (T, "got col_bias of dtype torch.int64; expected floating-point numbers. Call .float() on it.",
      lambda: P.pair_logsumexp(Z, X, scale=1.0, col_bias=ROWS[:5])),
     (V, "got row_bias = nan; expected a finite number. Check how it was computed.",
@@ -185,6 +241,12 @@ PRIMITIVES: list[Row] = [
      "got guide of 2 parts; expected a tuple of three tensors. Pass guide=(features of rows, features of columns, "
      "limit of every row).",
      lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X))),
+    (T, "got guide of type Tensor; expected a tuple of three tensors. Pass guide=(features of rows, ...",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=Z)),
+    (V, f"got guide (of the rows) of shape (6, 4) and guide (of the columns) of shape (5, 2); expected {SAME}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X[:, :2], ON))),
+    (V, f"got guide (limits) of shape (5,); expected {PER_ROW}",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, guide=(Z, X, ON[:5]))),
     (V,
      "got guide (of the rows) of shape (5, 4) for 6 rows; expected one row of guide features per row. Guide the "
      "same batch.",
@@ -205,6 +267,19 @@ PRIMITIVES: list[Row] = [
      "fastcl.use_backend or FASTCL_BACKEND.",
      lambda: forced_to("numpy")),
     (V, "got backend None; expected one of native, chunked, triton, auto. Mend the name ...", lambda: forced_to(None)),
+    (T, "got x of type int; expected a torch.Tensor (rows, features). Pass such as a loss is given.",
+     lambda: fastcl.available_backends(3)),
+    (T, "got loss of type int; expected a module or a function. Pass what is to be called.",
+     lambda: fastcl.explain(3, Z)),
+    (T, "got rows of type int; expected a slice. Pass slice(start, stop), or leave it out for all.",
+     lambda: inspection.similarity_tile(Z, rows=3, scale=1.0)),
+    (V,
+     "got the number of parts = 0; expected an integer of at least 1. Pass the log-sum-exp of every block of columns.",
+     lambda: P.merge_logsumexp()),
+    (V, "got part 1 of shape (5,); expected shape (6,): one per row. Match it to the rows.",
+     lambda: P.merge_logsumexp(ON, ON[:5])),
+    (T, "got both of type Tensor; expected True or False. Pass one of the two.",
+     lambda: P.pair_logsumexp(Z, X, scale=1.0, both=ON)),
     (V, "got the name 'nt_xnet'; expected a function of fastcl.functional or fastcl.pairwise. Check the spelling.",
      lambda: fastcl.explain("nt_xnet", Z)),
 ]
@@ -239,12 +314,29 @@ MODULES: list[Row] = [
      lambda: fastcl.SupConLoss()(Z, mask=0 * MASK)),
     (V, "got mining = 'easy'; expected one of 'hard', 'semi-hard', 'all'. Choose one.",
      lambda: fastcl.BatchTripletLoss(mining="easy")),
+    (V, f"got form = 'mean'; expected {FORM}", lambda: fastcl.SupConLoss(form="mean")),
+    (V, f"got margin_strategy = 'half'; expected {STRATEGY}", lambda: fastcl.GISTLoss(margin_strategy="half")),
+    *((V, f"got distance = 'city'; expected {DISTANCE}", partial(module, distance="city"))
+      for module in (fastcl.BatchTripletLoss, fastcl.TripletLoss, fastcl.SiameseLoss)),
+    (V, f"got dim = 0; expected {COUNT}", lambda: fastcl.MoCoLoss(0)),
     (V, f"got classes = 0; expected {COUNT}", lambda: fastcl.CosFaceLoss(0, 4)),
     (V, f"got dim = True; expected {COUNT}", lambda: fastcl.CosFaceLoss(4, True)),
     (V, f"got size = 2.5; expected {COUNT}", lambda: fastcl.MoCoLoss(4, 2.5)),
     (V, f"got size = True; expected {COUNT}", lambda: fastcl.FeatureQueue(4, True)),
-    (V, "got budget = 0; expected at least 1. Pass the tokens that fit into memory.",
+    (V, "got budget = 0; expected an integer of at least 1. Pass the tokens that fit into memory.",
      lambda: fastcl.token_chunks([3, 4], 0)),
+    (T,
+     "got lengths of type int ('int' object is not iterable); expected one number of tokens per row. Pass a list or a "
+     "vector.",
+     lambda: fastcl.token_chunks(3, 4)),
+    (T, "got loss of type int; expected a module or a function. Pass what is to be called.",
+     lambda: fastcl.cached_loss(nn.Identity(), [Z], 3, chunk_size=2)),
+    (T, "got encoders of type int; expected modules or functions. Pass one for all towers, or a list of one for each.",
+     lambda: cached(encoders=3)),
+    (T,
+     "got process_group of type str; expected a process group of this rank. Pass torch.distributed.group.WORLD, once "
+     "it is there.",
+     lambda: fastcl.NTXentLoss(process_group="world")),
     (V, "got chunk_size = 0; expected at least 1, 'auto', or sizes. Pass the rows that fit into memory.",
      lambda: cached(chunk_size=0)),
     (T, "got chunk_size of type float; expected rows, 'auto', or sizes. Pass the rows that fit into memory.",
@@ -294,6 +386,21 @@ INTEGRATIONS: list[Row] = [
      "got extra_pos_mask of dtype torch.float32; expected booleans, or integers 0 and 1. Convert it: positives "
      "have no weights here.",
      lambda: simclr_loss_func(Z[:3], Z[3:], 0.1, MASK)),
+    (V,
+     "got p of shape (6, 4) and z of shape (5, 4); expected shapes of which one extends the other. Check that both "
+     "come from the same batch.",
+     lambda: simsiam_loss_func(Z, X)),
+    (T, "got features of type int; expected a torch.Tensor (images, views, ...). Convert it first.",
+     lambda: SupConLoss()(3)),
+    (V, f"got base_temperature = 0; expected {TEMPERATURE}", lambda: SupConLoss(base_temperature=0)(FEATURES)),
+    (V, "got scale of shape (6,); expected one number, or shape (6, 1). Use scale.unsqueeze(1).",
+     lambda: cal_inf_loss(Z, Z, scale=ON)),
+    (V, "got n_hard_negatives = -1; expected an integer of at least 0. Pass how many keys follow each positive.",
+     lambda: SimpleContrastiveLoss(-1)),
+    (V,
+     "got target of shape (6,); expected shape (6, 5) of probabilities. Pass one for every query and key, or "
+     "integers.",
+     lambda: SimpleContrastiveLoss()(Z, X, ON)),
     (V, "got queue of shape (4,); expected a matrix (features, keys). Transpose it: keys are its columns.",
      lambda: moco_loss_func(Z, Z, Z[0])),
     (V, "got ...; expected a row of k for every row of q. Pass labels, which say which.", lambda: cal_inf_loss(Z, X)),
@@ -312,11 +419,24 @@ RANKS: list[Row] = [
      lambda: Ranks(dist.group.WORLD, wire_dtype=torch.int8)),
     (V, "got wire_dtype = 'bf16'; expected a floating-point dtype. Pass torch.bfloat16, or omit it.",
      lambda: Ranks(dist.group.WORLD, wire_dtype="bf16")),
+    (T, "got process_group of type NoneType; expected a process group of this rank. Pass ...", lambda: Ranks(None)),
+    (T, "got function of type int; expected a module or a function. Pass what is to be called.",
+     lambda: evaluate(3, Ranks(dist.group.WORLD), Z)),
+    (T, "got ranks of type ProcessGroup; expected fastcl.distributed.Ranks. Pass Ranks(process_group).",
+     lambda: evaluate(F.nt_xent, dist.group.WORLD, Z, temperature=1)),
+    (T, "got x of type int; expected a torch.Tensor (rows, ...). Convert it first.",
+     lambda: all_rows(3, dist.group.WORLD)),
+    (V, "got x of shape (); expected shape (rows, ...). Pass what this rank has, a row per image.",
+     lambda: all_rows(ON[0], dist.group.WORLD)),
+    (T, "got even of type str; expected True or False. Pass one of the two.",
+     lambda: all_rows(Z, dist.group.WORLD, even="no")),
+    (T, "got generator of type int; expected a torch.Generator. Pass one, or leave it out for torch's own.",
+     lambda: shuffle_batch(Z, dist.group.WORLD, generator=3)),
     (V, f"got z of shape (5, 4); expected an even number {VIEWS}",
      lambda: fastcl.NTXentLoss(process_group=dist.group.WORLD)(X)),
     (V, f"got labels of shape (4,); expected {PER_ROW}",
      lambda: fastcl.SupConLoss(process_group=dist.group.WORLD)(Z, LABELS[:4])),
-    (V, f"got q of shape (6, 4) and k of shape (8, 3); expected {SAME}",
+    (V, f"got q of shape (6, 4) and negatives of shape (8, 3); expected {SAME}",
      lambda: fastcl.MoCoLoss(3, 8, process_group=dist.group.WORLD)(Z, Z)),
 ]
 
@@ -423,6 +543,121 @@ def test_a_mistake_at_the_terminal_is_one_line_and_writes_nothing(
     assert is_like(message, template), message
     assert SHAPE.fullmatch(message), message
     assert not list(tmp_path.iterdir())
+
+
+# Values of types that nothing takes, and others that some arguments take.
+NEVER: list[Any] = ["1", object(), [1.0], {}, (ROWS,)]
+SOMETIMES: list[Any] = [
+    None, True, 3, -2, 2.5, math.nan, ROWS, ON, ON > 0, ON + 0j, Z + 0j, Z.to_sparse(), FEATURES, ON[0], ROWS[0],
+]  # fmt: skip
+POINTERS = torch.zeros(6, 2, dtype=torch.long)
+PAIR, LABELLED = (Z, Z), (Z, LABELS)
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+CALLS: dict[str, Call] = {
+    **{case.label: (getattr(F, case.name), *case.inputs(6 // case.rows(1)[0], 4)) for case in CASES},
+    "pair_logsumexp": (P.pair_logsumexp, (Z, X), {"scale": 2.0}),
+    "pair_softplus_sum": (P.pair_softplus_sum, (Z, X), {"scale": 2.0}),
+    "pair_softplus_total": (P.pair_softplus_total, (Z, X), {"scale": 2.0}),
+    "pair_topk": (P.pair_topk, (Z, X), {"topk": 2}),
+    "contrastive": (P.contrastive, PAIR, {"scale": 2.0}),
+    "merge_logsumexp": (lambda part, other: P.merge_logsumexp(part, other), (ON, ON), {}),
+    "row_dot": (P.row_dot, PAIR, {}),
+    "gathered_dot": (P.gathered_dot, (Z, Z, POINTERS), {}),
+    "listed_dot": (P.listed_dot, (Z, Z, LABELS, LABELS), {}),
+    "scale_gradient": (P.scale_gradient, (Z, 2.0), {}),
+    "l2_normalize": (P.l2_normalize, (Z,), {}),
+    "similarity_tile": (lambda q, k, rows, cols, scale: inspection.similarity_tile(q, k, rows, cols, scale=scale),
+                        (Z, X, slice(2), slice(3), 2.0), {}),
+    "pair_softmax_matmul": (lambda q, k, v, scale: inspection.pair_softmax_matmul(q, k, v, scale=scale),
+                            (Z, X, X, 2.0), {}),
+    "pair_statistics": (inspection.pair_statistics, (ON, Z, X), {"scale": 2.0}),
+    "pair_hinges": (pair_hinges, (Z, Z, LABELS, LABELS), {"positive_margin": 0.1, "negative_margin": 1.0}),
+    "simclr_loss_func": (lambda z, indexes, temperature: simclr_loss_func(z, indexes, temperature),
+                         (Z, LABELS, 0.1), {}),
+    "moco_loss_func": (moco_loss_func, (Z, Z, Z.T), {}),
+    "simsiam_loss_func": (lambda p, z: simsiam_loss_func(p, z), PAIR, {}),
+    "SupContrast": (lambda features, labels: SupConLoss()(features, labels), (FEATURES, ROWS[:3]), {}),
+    "GradCache": (lambda n, x, y, target, reduction: SimpleContrastiveLoss(n)(x, y, target, reduction),
+                  (0, Z, Z, None, "mean"), {}),
+    "cal_inf_loss": (lambda q, k, labels, scale, strict: cal_inf_loss(q, k, labels, scale, strict=strict),
+                     (Z, Z, LABELS, 2.0, False), {}),
+    "available_backends": (fastcl.available_backends, (Z,), {}),
+    "explain": (lambda loss: fastcl.explain(loss, Z, temperature=1.0), ("nt_xent",), {}),
+    "cached_loss": (lambda encoders, loss, chunk_size: fastcl.cached_loss(encoders, PAIR, loss, chunk_size=chunk_size),
+                    (nn.Identity(), fastcl.NTXentLoss(), 2), {}),
+}  # fmt: skip
+ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {  # of the modules: their own, and those of a call
+    "NTXentLoss": ({}, PAIR), "DCLLoss": ({}, PAIR), "DCLWLoss": ({}, PAIR), "HardNTXentLoss": ({}, PAIR),
+    "InfoNCELoss": ({}, PAIR), "InBatchSoftmaxLoss": ({}, (Z, Z, ON)), "GISTLoss": ({}, (Z, Z, Z, Z)),
+    "SampledInfoNCELoss": ({}, (Z, Z, LABELS, POINTERS)), "MoCoLoss": ({"dim": 4, "queue_size": 8}, PAIR),
+    "MoCoV3Loss": ({}, (Z, Z, Z, Z)), "CLIPLoss": ({}, (Z, Z, 2.0)), "SigLIPLoss": ({}, (Z, Z, 2.0, -1.0)),
+    "SupConLoss": ({}, LABELLED), "SINCERELoss": ({}, LABELLED), "MultiSimilarityLoss": ({}, LABELLED),
+    "BatchTripletLoss": ({}, LABELLED), "TripletLoss": ({}, (Z, Z, Z)), "SiameseLoss": ({}, (Z, Z, LABELS)),
+    "NPairLoss": ({}, PAIR), "NegativeCosineLoss": ({}, PAIR), "BYOLLoss": ({}, PAIR),
+    "CosFaceLoss": ({"classes": 6, "dim": 4}, LABELLED), "FeatureQueue": ({"dim": 4, "size": 8}, ()),
+}  # fmt: skip
+
+
+def of_module(name: str) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """Every argument of a module and of a call of it, and what passes a value for that; first a call that is right."""
+    kind, (given, args) = getattr(fastcl, name), ARGUMENTS[name]
+
+    def made(**change: Any) -> Any:
+        module = kind(**{**given, **change})
+        return module(*args) if args else module
+
+    made()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for argument in inspect.signature(base.__init__).parameters:
+            if argument not in ("self", "options", "ranks"):
+                yield argument, lambda value, argument=argument: made(**{argument: value})
+    if args:
+        yield from of_function(kind(**given).forward, args, {})
+
+
+def of_function(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """Every argument of a function, and what passes a value for that; first a call that is right."""
+    function(*args, **kwargs)
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            yield name, lambda value, name=name: function(**{**given, name: value})
+
+
+def refuses(what: str, call: Callable[[Any], Any], value: Any) -> bool:
+    """Whether the value is refused, in the house's shape; whatever else is raised is a failure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of complex numbers and integers of one element
+        try:
+            call(value)
+        except Exception as error:
+            said = SHAPE.fullmatch(str(error)) is not None
+            assert isinstance(error, TypeError | ValueError) and said, f"{what}={value!r}: {error!r}"
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [*CALLS, *ARGUMENTS])
+def test_a_value_of_a_wrong_type_is_refused_in_words(name: str) -> None:
+    arguments = of_function(*CALLS[name]) if name in CALLS else of_module(name)
+    for argument, call in arguments:
+        accepted = [value for value in NEVER if not refuses(argument, call, value)]
+        assert not accepted, f"{argument} takes {accepted}"
+        for value in SOMETIMES:
+            refuses(argument, call, value)
+
+
+def test_every_public_name_that_takes_rows_is_asked() -> None:
+    losses = {name for name in fastcl.__all__ if name.endswith("Loss")}
+    assert losses <= ARGUMENTS.keys()
+    assert {case.name for case in CASES} == set(F.__all__)
+    primitives = {name for name, value in vars(P).items() if inspect.isfunction(value) and value.__doc__}
+    assert {name for name in primitives if not name.startswith("_") and "Args:" in getattr(P, name).__doc__} <= {
+        *CALLS, "pair_argmax",
+    }  # fmt: skip
 
 
 def test_the_survey_is_wide() -> None:

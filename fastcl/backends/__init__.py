@@ -205,8 +205,15 @@ def available_backends(x: Tensor | None = None) -> list[str]:
 
     Args:
         x: ``(M, D)``; fp32 on the CPU when omitted.
+
+    Raises:
+        TypeError: not a tensor.
     """
     rows = torch.empty(2, 8) if x is None else x
+    if not isinstance(rows, Tensor):
+        raise TypeError(
+            f"got x of type {type(x).__name__}; expected a torch.Tensor (rows, features). Pass such as a loss is given."
+        )
     return [n for n in _order(rows) if all(why_not(n, op, rows) is None for op in ("reduce", "grad"))]
 
 

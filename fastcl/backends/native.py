@@ -34,8 +34,8 @@ if _C is not None and _settings.cpu_isa not in (None, *_C.instruction_sets()):
         stacklevel=2,
     )
 
-_LINKS = {"exp": 0, "softplus": 1}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_LINKS = _cuda._LINKS
+_DTYPES = {**_cuda._DTYPES, torch.float64: 3}  # which the CPU alone has
 _WORKSPACE = 256 * 2**20
 _BUILD_REPORT = Path(__file__).parent.parent / "_native_build.txt"
 
@@ -52,8 +52,10 @@ def status() -> str:
     )
 
 
-def isa() -> str:
-    """The instruction set whose kernels run: the best of this machine, or ``FASTCL_CPU_ISA``."""
+def isa() -> str | None:
+    """The instruction set whose kernels run: the best of this machine, or ``FASTCL_CPU_ISA``; none without module."""
+    if _C is None:
+        return None
     sets: list[str] = _C.instruction_sets()
     return _settings.cpu_isa if _settings.cpu_isa in sets else sets[0]
 

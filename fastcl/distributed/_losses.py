@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _across
-from .._checks import choice, sentence
+from .. import _across, _checks
+from .._checks import sentence
 from ..backends import forced
 from ..functional._arguments import divisor
 from ..pairwise import apply, as_tensor, l2_normalize
 from ._agreement import agree
 from ._pairs import OneSet, TwoSets
-from ._wire import Wire, chunk, gathered, total
+from ._wire import Wire, check_group, chunk, gathered, logsumexp, total
 
 STRATEGIES = ("auto", "gather", "ring")
 # Rows of these losses meet no others; of info_nce neither, if the negatives are given.
@@ -64,6 +64,7 @@ class Ranks:
             pairs rows are then rounded on every rank alike, their own included; sums stay fp32.
 
     Raises:
+        TypeError: not a process group, or one that this rank does not belong to.
         ValueError: an unknown strategy, or a dtype that is not of floating-point numbers.
     """
 
@@ -76,11 +77,13 @@ class Ranks:
         return self  # a copy of a model, such as a momentum encoder's, talks to the same ranks
 
     def __post_init__(self) -> None:
-        choice("strategy", self.strategy, STRATEGIES)
+        _checks.choice("strategy", self.strategy, STRATEGIES)
+        _checks.flag(even=self.even)
         dtype = self.wire_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             mend = "Pass torch.bfloat16, or omit it."
             raise ValueError(sentence(f"wire_dtype = {dtype!r}", "a floating-point dtype", mend))
+        check_group(self.process_group)
 
 
 @dataclass
@@ -195,18 +198,23 @@ def evaluate(function: Callable[..., Tensor], ranks: Ranks, *args: Any, **option
         W times the sum of its rows; ``"none"``: its rows.
 
     Raises:
+        TypeError: a function or ranks that are none.
         ValueError: on all ranks alike, and before anything is sent: a rank whose arguments do not fit, or differ from
             those of others beyond the number of rows.
         RuntimeError: a rank is gone: torch.distributed's own, at the latest after the timeout of the group.
     """
+    _checks.function("function", function)
+    if not isinstance(ranks, Ranks):
+        got, mend = f"ranks of type {type(ranks).__name__}", "Pass Ranks(process_group)."
+        raise TypeError(sentence(got, "fastcl.distributed.Ranks", mend))
     wire = Wire(ranks.process_group, ranks.wire_dtype)
     if wire.size == 1:
         return function(*args, **options)
     given = dict(inspect.signature(function).bind(*args, **options).arguments)
     name = function.__name__
-    normalize, reduction = given.pop("normalize", False), given.get("reduction", "mean")
     tensors = {key: t for key, t in given.items() if isinstance(t, Tensor) and t.ndim}
     everyone = _agreed(name, ranks, given, tensors)
+    normalize, reduction = given.pop("normalize", False), given.get("reduction", "mean")
     views = max(said["views"] for said in everyone)
     counts = [said["rows"] // views for said in everyone]
     start = sum(counts[: wire.rank])
@@ -246,6 +254,7 @@ def _agreed(name: str, ranks: Ranks, given: dict[str, Any], tensors: dict[str, T
         if not isinstance(first, Tensor) or not first.ndim:
             raise ValueError(sentence(f"rows of type {type(first).__name__}", "a matrix", "Pass (B, D) embeddings."))
         views = _views(name, given)
+        _checks.flag(normalize=given.get("normalize", False))
         _check_lengths(name, tensors, len(first), views)
         options = {key: _shown(value) for key, value in given.items() if key not in tensors and key != "anchors"}
         grad = torch.is_grad_enabled()
@@ -260,7 +269,7 @@ def _agreed(name: str, ranks: Ranks, given: dict[str, Any], tensors: dict[str, T
             "views": views,
             "memory": _memory(first.device, ranks.even),
         }
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if ranks.even:
             raise
         mine["error"] = str(error)
@@ -275,11 +284,14 @@ def told_apart(groups: Tensor, ranks: Ranks) -> Tensor:
 def _views(name: str, given: dict[str, Any]) -> int:
     """How many rows of an image the first argument has, one under the other, view by view."""
     rows, anchors = len(next(iter(given.values()))), given.get("anchors")
-    if name == "nt_xent":
-        return int(given.get("views", 2)) if given.get("labels") is None else 1
+    if name == "nt_xent" and given.get("labels") is None:
+        views: int = given.get("views", 2)
+        _checks.count("views", views)
+        return views
     if anchors is not None:  # the first view of every image
-        if anchors < 0 or rows % max(anchors, 1):
-            mend = "Make them the first view of each image, as they are over ranks."
+        mend = "Make them the first view of each image, as they are over ranks."
+        _checks.count("anchors", anchors, least=0, most=rows, mend=mend)
+        if rows % max(anchors, 1):
             raise ValueError(sentence(f"{anchors} anchors of {rows} rows", "a divisor of the rows", mend))
         return rows // anchors if anchors else 1
     return _VIEWS.get(name, 1)
@@ -354,10 +366,4 @@ def _sliced(options: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 def _columns(link: str, col: Tensor, wire: Wire) -> Tensor:
     """Results of columns over the rows of all ranks, of those over the rows of each: replicated."""
-    if link == "softplus":
-        return total(col, wire)
-    largest = wire.max(col)
-    shift = largest.masked_fill(largest == -torch.inf, 0)
-    sums = total((col - shift).exp(), wire)
-    empty = sums == 0
-    return torch.where(empty, -torch.inf, torch.where(empty, 1, sums).log() + shift)
+    return total(col, wire) if link == "softplus" else logsumexp(col, wire)

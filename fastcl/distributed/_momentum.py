@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _checks
+from .._checks import sentence
 from ._agreement import over_cpu
 from ._wire import Wire, all_gather
 
@@ -24,6 +26,9 @@ def all_rows(x: Tensor, process_group: Any, *, even: bool = False) -> Tensor:
 
     Returns:
         ``(sum of B, ...)``.
+
+    Raises:
+        TypeError, ValueError: not a tensor with rows, or not a process group of this rank.
     """
     wire = Wire(process_group)
     return wire.gather(x, _counts(x, wire, even))
@@ -48,6 +53,9 @@ def shuffle_batch(
     """
     wire = Wire(process_group)
     counts = _counts(x, wire, even)
+    if not isinstance(generator, torch.Generator | None):
+        got = f"generator of type {type(generator).__name__}"
+        raise TypeError(sentence(got, "a torch.Generator", "Pass one, or leave it out for torch's own."))
     start = sum(counts[: wire.rank])
     own = slice(start, start + counts[wire.rank])
     drawn_on = x.device if generator is None else generator.device
@@ -62,6 +70,10 @@ def shuffle_batch(
 
 
 def _counts(x: Tensor, wire: Wire, even: bool) -> list[int]:
+    _checks.tensor("x", x, "(rows, ...)")
+    _checks.flag(even=even)
+    if x.ndim == 0:
+        raise ValueError(sentence("x of shape ()", "shape (rows, ...)", "Pass what this rank has, a row per image."))
     if even:
         return [len(x)] * wire.size
     counts = torch.empty(wire.size, dtype=torch.long)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import _ops
 from ..backends import Pairs
 from ..pairwise import once_differentiable, operand_dtype
-from ._wire import Wire
+from ._wire import Wire, logsumexp
 
 Found = list[Tensor]
 
@@ -199,7 +199,7 @@ class TwoSets(torch.autograd.Function):
                 for others in (slice(0, start), slice(start + len(y), None))
             )
             columns = [
-                _merged(torch.cat(parts), wire).split(counts)[wire.rank]
+                logsumexp(torch.cat(parts), wire).split(counts)[wire.rank]
                 for parts in zip(before, own, after, strict=True)
             ]
         col = columns[0] if both else row.new_empty(0)
@@ -236,13 +236,6 @@ class TwoSets(torch.autograd.Function):
         return (
             dx.mul_(scale).to(q_dtype), dy.mul_(scale).to(k_dtype), dscale.to(scale_dtype), *(None,) * 7
         )  # fmt: skip
-
-
-def _merged(parts: Tensor, wire: Wire) -> Tensor:
-    """Log-sum-exps of columns over the rows of all ranks, from those over the rows of each."""
-    largest = wire.max(parts)
-    shift = largest.masked_fill(largest == -torch.inf, 0)
-    return wire.sum((parts - shift).exp()).log() + shift
 
 
 def _operand(rows: Tensor, wire: Wire, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,12 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._checks import sentence
 from ..pairwise import apply, once_differentiable
 
 # torch 2.14 renamed them
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _sent = 0
+
+
+def check_group(group: Any) -> None:
+    """A process group that this rank belongs to. (``None`` is the default group to torch, but not everywhere.)"""
+    if not isinstance(group, dist.ProcessGroup):
+        got = f"process_group of type {type(group).__name__}"
+        mend = "Pass torch.distributed.group.WORLD, once it is there."
+        raise TypeError(sentence(got, "a process group of this rank", mend))
 
 
 def bytes_sent() -> int:
@@ -49,6 +58,7 @@ class Wire:
     """
 
     def __init__(self, group: Any, dtype: torch.dtype | None = None) -> None:
+        check_group(group)
         self.group, self.dtype = group, dtype
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -141,6 +151,15 @@ def total(x: Tensor, wire: Wire) -> Tensor:
     """Sum over ranks, replicated."""
     summed: Tensor = apply(_Total, x, wire)
     return summed
+
+
+def logsumexp(x: Tensor, wire: Wire) -> Tensor:
+    """Log-sum-exp over ranks, replicated; -inf, which sends no gradient, where it is that on all."""
+    largest = wire.max(x)
+    shift = largest.masked_fill(largest == -torch.inf, 0)
+    sums = total((x - shift).exp(), wire)
+    empty = sums == 0
+    return torch.where(empty, -torch.inf, torch.where(empty, 1, sums).log() + shift)
 
 
 def chunk(count: int, wire: Wire) -> tuple[slice, list[int]]:

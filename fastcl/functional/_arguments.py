@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import _across, _checks
-from .._checks import Scalar, sentence
+from .._checks import Scalar
 from ..pairwise import l2_normalize, operand_dtype
 
 
 def unit(rows: Tensor, normalize: bool) -> Tensor:
+    _checks.flag(normalize=normalize)
     return l2_normalize(rows) if normalize else rows
 
 
 def reduced(loss: Tensor, reduction: str, weights: Tensor | None = None, *, counted: Tensor | None = None) -> Tensor:
     """(Weighted) mean over the rows that are counted, sum, or the rows as they are; the mean over no rows is 0."""
-    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if weights is not None:
         _checks.vector("weights", weights, loss.shape[0], loss)
         weights = weights.to(loss.dtype)
@@ -52,14 +53,6 @@ def multiplier(name: str, value: Scalar, rows: Tensor) -> Scalar:
     if not isinstance(value, Tensor):
         return value
     return value.to(device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float32))
-
-
-def number(name: str, value: float, *, low: float = -float("inf"), high: float = float("inf")) -> None:
-    """A Python number within [low, high]."""
-    _checks.scalar(name, value)
-    if isinstance(value, Tensor) or not low <= value <= high:
-        got = f"{name} as a tensor" if isinstance(value, Tensor) else f"{name} = {value}"
-        raise ValueError(sentence(got, f"a number from {low} to {high}", "Pass a plain float in this range."))
 
 
 def arange(rows: Tensor) -> Tensor:

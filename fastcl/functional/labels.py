@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import embedding, logsigmoid
 
 from .. import _checks
-from .._checks import Scalar, sentence
+from .._checks import Scalar, number
 from ..pairwise import pair_argmax, pair_logsumexp, pair_softplus_sum, pair_topk, row_dot
 from ..triples import batch_all, class_runs, class_sums, positive_indices, semi_hard
-from ._arguments import arange, inverse, multiplier, number, operand, reduced, unit
+from ._arguments import arange, inverse, multiplier, operand, reduced, unit
 from .pairs import hinge, row_distance
 
 # Positives per row. By benchmarks.family, 2,048 rows of 128 features with 204 positives each took 5,055 ms by pairs,
@@ -48,10 +48,10 @@ def supcon(
     Returns:
         A scalar, or ``(N,)``, with ``anchors`` ``(anchors,)``, for ``reduction="none"``.
     """
-    _checks.choice("form", form, ("out", "in"))
+    _checks.choice("form", form, _checks.FORMS)
     _checks.labelled(z, labels)
-    if anchors is not None and not 0 <= anchors <= len(z):
-        raise ValueError(sentence(f"anchors = {anchors}", f"a number of rows, 0 to {len(z)}", "Omit it for all rows."))
+    if anchors is not None:
+        _checks.count("anchors", anchors, least=0, most=len(z), mend="Omit it for all rows.")
     z = unit(z, normalize)
     scale = inverse(temperature, z)
     first_rows = slice(anchors)
@@ -324,7 +324,7 @@ def _of_sums(sums_and_count: tuple[Tensor, Tensor], reduction: str) -> Tensor:
 
 def _nearness(z: Tensor, distance: str) -> dict[str, Tensor]:
     """What makes the most similar row the nearest: |a - b|^2 = |a|^2 - 2 (<a, b> - |b|^2 / 2)."""
-    _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+    _checks.choice("distance", distance, _checks.DISTANCES)
     return {} if distance == "cosine" else {"col_bias": -0.5 * z.detach().square().sum(1)}
 
 

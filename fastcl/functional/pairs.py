@@ -71,6 +71,7 @@ def triplet(
         A scalar, or ``(B,)`` for ``reduction="none"``.
     """
     _checks.same_rows(anchor=anchor, positive=positive, negative=negative)
+    _checks.flag(swap=swap)
     a, p, n = (operand(unit(rows, normalize)) for rows in (anchor, positive, negative))
     to_negative = row_distance(a, n, distance)
     if swap:
@@ -156,7 +157,7 @@ def squared_cosine(
 
 def row_distance(a: Tensor, b: Tensor, distance: str) -> Tensor:
     """Distance of row i of ``a`` and row i of ``b``, ``(B,)``; that of equal rows has gradient 0."""
-    _checks.choice("distance", distance, ("euclidean", "squared", "cosine"))
+    _checks.choice("distance", distance, _checks.DISTANCES)
     if distance == "cosine":
         return 1 - (a * b).sum(1)
     squared = (a - b).square().sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, logsigmoid
 
 from .. import _checks
-from .._checks import Scalar, sentence
+from .._checks import Scalar, number, sentence
 from ..pairwise import (
     contrastive,
     gathered_dot,
@@ -20,7 +20,7 @@ from ..pairwise import (
     row_dot,
     scale_gradient,
 )
-from ._arguments import arange, inverse, multiplier, number, operand, reduced, share, unit
+from ._arguments import arange, inverse, multiplier, operand, reduced, share, unit
 
 
 def info_nce(
@@ -67,7 +67,10 @@ def info_nce(
     number("label_smoothing", label_smoothing, low=0.0, high=1.0)
     number("hardness", hardness, low=0.0)
     number("own_hardness", own_hardness, low=0.0)
-    blocks = {"negatives": negatives, "extra_negatives": extra_negatives, "own_negatives": own_negatives}
+    _checks.flag(symmetric=symmetric)
+    shared = {"negatives": negatives, "extra_negatives": extra_negatives}
+    _checks.rows(q=q, **{name: block for name, block in shared.items() if block is not None})
+    blocks = {**shared, "own_negatives": own_negatives}
     given = [name for name, block in blocks.items() if block is not None]
     if symmetric and given:
         raise ValueError(sentence(f"symmetric=True with {given[0]}", "in-batch negatives alone", "Omit one of them."))
@@ -170,6 +173,7 @@ def in_batch_softmax(
     """
     _checks.same_rows(q=q, k=k)
     _checks.vector("log_q", log_q, k.shape[0], k)
+    _checks.flag(correct_positive=correct_positive)
     q, k = unit(q, normalize), unit(k, normalize)
     scale = inverse(temperature, q)
     positive = row_dot(q, k) * scale - (log_q if correct_positive else 0)
@@ -211,10 +215,14 @@ def gist(
     """
     _checks.same_rows(q=q, k=k)
     _checks.same_rows(guide_q=guide_q, guide_k=guide_k)
-    _checks.choice("margin_strategy", margin_strategy, ("absolute", "relative"))
+    _checks.choice("margin_strategy", margin_strategy, _checks.MARGIN_STRATEGIES)
     number("margin", margin)
+    _checks.flag(contrast_anchors=contrast_anchors, contrast_positives=contrast_positives)
     if (negatives is None) != (guide_negatives is None):
         raise ValueError(sentence("negatives without their guide, or the reverse", "both or neither", "Pass both."))
+    if negatives is not None and guide_negatives is not None:
+        _checks.rows(q=q, negatives=negatives)
+        _checks.rows(guide_q=guide_q, guide_negatives=guide_negatives)
     q, k, guide_q, guide_k = (unit(rows, normalize) for rows in (q, k, guide_q, guide_k))
     scale = inverse(temperature, q)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):

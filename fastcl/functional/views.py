@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from .._checks import Scalar, sentence
+from .._checks import Scalar, number, sentence
 from ..pairwise import contrastive, merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
-from ._arguments import arange, inverse, number, reduced, unit
+from ._arguments import arange, inverse, reduced, unit
 from .labels import positive_pairs
 
 
@@ -52,12 +52,14 @@ def nt_xent(
             if loss is not None:
                 return reduced(loss, reduction, weights)
     else:
-        _checks.rows(z=z)
-        _checks.vector("labels", labels, z.shape[0], z, integer=True)
+        _checks.labelled(z, labels)
+        _checks.count("views", views)
         if ids is not None:
             raise ValueError(
                 sentence("ids beside labels", "one of the two", "Omit ids: rows of one label are never negatives.")
             )
+    if extra_negatives is not None:
+        _checks.rows(z=z, extra_negatives=extra_negatives)
     z = unit(z, normalize)
     scale = inverse(temperature, z)
     batch = z.shape[0] // views
@@ -73,6 +75,8 @@ def nt_xent(
         n = merge_logsumexp(n, pair_logsumexp(z, unit(extra_negatives, normalize), scale=scale))
     if labels is not None:
         loss, count = positive_pairs(z, labels, n, scale)
+        if weights is not None:
+            _checks.vector("weights", weights, len(loss), loss)
         if reduction == "mean":  # over pairs
             weights = count.to(loss.dtype) if weights is None else weights * count
         return reduced(loss, reduction, weights)

@@ -18,6 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from .. import _checks
 from .._checks import sentence
 from ._dropin import DropIn
 
@@ -93,6 +94,7 @@ def patch(*libraries: str, strict: bool = False, verbose: bool = True) -> Patch:
         ValueError: a library without drop-ins.
         ImportError: a library that is not installed. Nothing is replaced then.
     """
+    _checks.flag(strict=strict, verbose=verbose)
     for library in libraries:
         if library not in LIBRARIES:
             raise ValueError(

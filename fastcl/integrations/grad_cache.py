@@ -38,6 +38,8 @@ class SimpleContrastiveLoss:
     """
 
     def __init__(self, n_hard_negatives: int = 0) -> None:
+        mend = "Pass how many keys follow each positive."
+        _checks.count("n_hard_negatives", n_hard_negatives, least=0, mend=mend)
         self.target_per_qry = n_hard_negatives + 1
 
     def __call__(self, x: Tensor, y: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
@@ -58,7 +60,7 @@ class SimpleContrastiveLoss:
             TypeError: rows that are not floating-point matrices.
         """
         _checks.rows(x=x, y=y)
-        _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         if target is None:
             if len(x) * self.target_per_qry != len(y):
                 raise ValueError(
@@ -71,7 +73,10 @@ class SimpleContrastiveLoss:
             if self.target_per_qry > 1:
                 target = torch.arange(0, len(y), self.target_per_qry, device=x.device)
             loss = softmax_rows(x, y, target, scale=1.0)
-        elif target.is_floating_point():
+        elif isinstance(target, Tensor) and target.is_floating_point():
+            if target.shape != (len(x), len(y)):
+                got, expected = f"target of shape {tuple(target.shape)}", f"shape ({len(x)}, {len(y)}) of probabilities"
+                raise ValueError(sentence(got, expected, "Pass one for every query and key, or integers."))
             return cross_entropy(x @ y.T, target, reduction=reduction)
         else:
             _checks.vector("target", target, len(x), x, integer=True)

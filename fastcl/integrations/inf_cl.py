@@ -74,6 +74,7 @@ def cal_inf_loss(
         A scalar, fp32.
     """
     rank, world_size = ranks()
+    _checks.flag(strict=strict)
     if strict and world_size > 1 and isinstance(scale, Tensor) and scale.requires_grad:
         scale = scale.view_as(scale)
         scale.register_hook(_summed)
@@ -111,6 +112,12 @@ def _scaled(q: Tensor, scale: Scalar | None) -> tuple[Tensor, Scalar]:
         return q, 1.0
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
+            _checks.rows(q=q)
+            _checks.tensor("scale", scale, "of one number, or one per row")
+            _checks.vector("scale", scale.squeeze(1) if scale.ndim == 2 else scale, len(q), q)
+            if scale.ndim != 2:
+                got, mend = f"scale of shape {tuple(scale.shape)}", "Use scale.unsqueeze(1)."
+                raise ValueError(sentence(got, f"one number, or shape ({len(q)}, 1)", mend))
             return scale * q, 1.0
         scale = scale.reshape(())
     return q, multiplier("scale", scale, q)

@@ -328,7 +328,7 @@ class ContrastiveLoss(_Margins, DropIn, _losses.ContrastiveLoss):
         positive, negative = margins or (self.pos_margin, self.neg_margin)
         columns = None if batch.k is None else batch.columns
         found = pair_hinges(
-            batch.q, batch.k, batch.labels, columns, positive_margin=positive, negative_margin=negative,
+            batch.q, batch.k, batch.labels, columns, positive_margin=float(positive), negative_margin=float(negative),
             distance=self._distance, skip_diagonal=bool(batch.same),
         )  # fmt: skip
         return {

@@ -215,7 +215,8 @@ def simsiam_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
     Returns:
         A scalar: -cos, the mean over rows.
     """
-    return as_original(F.negative_cosine(*_matrices(p, z.detach()), normalize=True), p, z)
+    predictions, targets = _matrices(p, z)
+    return as_original(F.negative_cosine(predictions, targets.detach(), normalize=True), p, z)
 
 
 def _info_nce(q: Tensor, k: Tensor, temperature: Scalar, *, frozen: bool = False) -> Tensor:
@@ -231,7 +232,14 @@ def _info_nce(q: Tensor, k: Tensor, temperature: Scalar, *, frozen: bool = False
 
 def _matrices(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Every leading index as a row, as ``cosine_similarity`` broadcasts them."""
-    p, z = torch.broadcast_tensors(p, z)
+    for name, t in (("p", p), ("z", z)):
+        _checks.elements(name, t)
+    try:
+        p, z = torch.broadcast_tensors(p, z)
+    except RuntimeError as error:
+        got = f"p of shape {tuple(p.shape)} and z of shape {tuple(z.shape)}"
+        mend = "Check that both come from the same batch."
+        raise ValueError(sentence(got, "shapes of which one extends the other", mend)) from error
     return p.reshape(-1, p.shape[-1]), z.reshape(-1, z.shape[-1])
 
 

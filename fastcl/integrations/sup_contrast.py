@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from .. import functional as F
 from .._checks import Scalar, sentence
 from ..functional._arguments import inverse, operand
@@ -49,8 +50,11 @@ class SupConLoss(nn.Module):
             A scalar, fp32 (fp64 for fp64 features).
 
         Raises:
+            TypeError: features, labels or a mask that are no tensors.
             ValueError: shapes that do not fit, labels and mask together, an unknown ``contrast_mode``.
         """
+        _checks.tensor("features", features, "(images, views, ...)")
+        _checks.scalar("base_temperature", self.base_temperature, positive=True)
         if features.ndim < 3:
             got = f"features of shape {tuple(features.shape)}"
             raise ValueError(sentence(got, "(images, views, ...)", "Use features.unsqueeze(1) for a single view."))
@@ -81,6 +85,7 @@ class SupConLoss(nn.Module):
 
     def _of_mask(self, z: Tensor, mask: Tensor, batch: int, views: int, anchors: int) -> Tensor:
         """The sum of a row's positive logits is linear in their rows, so it needs sums over views and no logits."""
+        _checks.tensor("mask", mask, "(images, images)")
         if mask.shape != (batch, batch):
             got = f"mask of shape {tuple(mask.shape)}"
             raise ValueError(sentence(got, f"({batch}, {batch})", "Pass a row per image, not per view."))
@@ -105,6 +110,7 @@ class SupConLoss(nn.Module):
 
 def _integers(labels: Tensor, batch: int) -> Tensor:
     """Labels of any shape that holds one per image, and of any dtype, as ``(B,)`` integers."""
+    _checks.tensor("labels", labels, "of one label per image")
     labels = labels.reshape(-1)
     if len(labels) != batch:
         got = f"{len(labels)} labels for {batch} images"

@@ -1,11 +1,12 @@
-"""A drop-in against its formula, which is written in plain torch and evaluated in fp64 on the very numbers."""
+"""How drop-ins are compared: with a formula in plain torch, in fp64 on the very numbers; with the original."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.oracle import error
 
@@ -49,3 +50,14 @@ def check(
         assert error(loss, want) <= of_loss, (dtype, loss, want)
         for i, (grad, exact) in enumerate(zip(grads, wanted, strict=True)):
             assert error(grad, exact) <= of_grad, (dtype, i, error(grad, exact))
+
+
+def check_interface(loss: nn.Module, original: nn.Module) -> None:
+    """A drop-in is a subclass with the arguments, attributes and state of the original, and ``strict``."""
+    mine, theirs = type(loss), type(original)
+    parameters = dict(inspect.signature(mine).parameters)
+    assert parameters.pop("strict").default is None
+    assert parameters == dict(inspect.signature(theirs).parameters)
+    assert mine.__name__ == theirs.__name__ and issubclass(mine, theirs)
+    assert set(vars(loss)) - {"strict"} == set(vars(original))
+    assert loss.state_dict().keys() == original.state_dict().keys()

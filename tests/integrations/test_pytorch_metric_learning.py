@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from fastcl._bench import nothing_kept  # noqa: E402
 from fastcl._measure import peak_bytes  # noqa: E402
 from fastcl.integrations import pytorch_metric_learning as ours  # noqa: E402
 from tests.oracle import assert_close, error  # noqa: E402
+
+from .formula import check_interface  # noqa: E402
 
 NAMES = ours.__all__
 
@@ -40,14 +41,7 @@ def test_fused_cases_never_form_the_matrix(case: Any, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_arguments_attributes_and_state(name: str) -> None:
-    mine, theirs = getattr(ours, name), getattr(upstream, name)
-    parameters = dict(inspect.signature(mine).parameters)
-    assert parameters.pop("strict").default is None
-    assert parameters == dict(inspect.signature(theirs).parameters)
-    assert mine.__name__ == theirs.__name__ and issubclass(mine, theirs)
-    loss, original = mine(), theirs()
-    assert set(vars(loss)) - {"strict"} == set(vars(original))
-    assert loss.state_dict().keys() == original.state_dict().keys()
+    check_interface(getattr(ours, name)(), getattr(upstream, name)())
 
 
 def test_the_cap_of_the_logarithm() -> None:

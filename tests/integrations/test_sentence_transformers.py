@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -19,6 +18,8 @@ from benchmarks.dropins.sentence_transformers import WORDS, pair, tiny_model  # 
 from fastcl._bench import nothing_kept  # noqa: E402
 from fastcl._measure import peak_bytes  # noqa: E402
 from fastcl.integrations import sentence_transformers as ours  # noqa: E402
+
+from .formula import check_interface  # noqa: E402
 
 NAMES = [name for name in ours.__all__ if name.endswith("Loss")]
 SENTENCES = [
@@ -63,14 +64,9 @@ def test_losses_and_gradients_of_a_model(name: str, other_tokenizer: bool) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_arguments_attributes_settings_and_state(name: str) -> None:
-    mine_class, theirs_class = getattr(ours, name), getattr(upstream, name)
-    parameters = dict(inspect.signature(mine_class).parameters)
-    assert parameters.pop("strict").default is None
-    assert parameters == dict(inspect.signature(theirs_class).parameters)
     models, options = arguments(name, tiny_model(), tiny_model())
     mine, theirs = pair(name, *models, **options)
-    assert isinstance(mine, theirs_class) and set(vars(mine)) - {"strict"} == set(vars(theirs))
-    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    check_interface(mine, theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert mine.get_config_dict() == theirs.get_config_dict()
