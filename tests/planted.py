@@ -15,6 +15,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,23 @@ class Watch:
 
     def plant(self, kind: str, got: Tensor, want: Tensor, holds: Callable[[Tensor], bool]) -> None:
         """Ask an assertion that holds of ``got`` about everything that is wrong with it."""
-        if self.inside:  # one assertion made of another
+        if self.inside:
             return
-        self.inside = True
-        try:
-            self.asked += 1
+        self.asked += 1
+        with self.one():
             for name, wrong in wrongs(got, want):
                 self.planted[name] += 1
                 if holds(wrong):
                     self.accepted.append(f"{_caller()} ({kind}): {name}")
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """An assertion that is made of others is one."""
+        before, self.inside = self.inside, True
+        try:
+            yield
         finally:
-            self.inside = False
+            self.inside = before
 
     def note(self, bound: float, error: float) -> None:
         if not self.inside:
@@ -161,11 +168,8 @@ def error(got: Tensor, want: Tensor) -> Error:
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, *, floor: float = 0.0, what: str = "") -> None:
-    oracle.error = _error  # which it calls, and which is one comparison with this
-    try:
+    with watch.one():
         _assert_close(got, want, tolerance, floor=floor, what=what)
-    finally:
-        oracle.error = error
     relative = _error(got, want)
     if relative <= tolerance:
         watch.note(tolerance, relative)
@@ -181,7 +185,8 @@ def _passes(function: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
 
 def _watched_torch(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
     def watched(got: Any, want: Any, *args: Any, **kwargs: Any) -> Any:
-        result = function(got, want, *args, **kwargs)
+        with watch.one():
+            result = function(got, want, *args, **kwargs)
         if isinstance(got, Tensor) and (result is None or bool(torch.as_tensor(result).all())):
 
             def holds(wrong: Tensor) -> bool:
