@@ -414,7 +414,7 @@ def test_normalize(dtype: torch.dtype) -> None:
     assert_close(length[finite], want_length[finite], 1e-6)
     dx, want = triton.normalize_grad(x, length, g), chunked.normalize_grad(x, want_length, g)
     for got_row, want_row in zip(dx, want, strict=True):
-        assert_close(got_row, want_row, max(2 * ulp, 1e-5))
+        assert_close(got_row, want_row, max(ulp, 1e-5))  # one more rounding to the dtype in either
 
 
 def test_two_bf16_numbers_are_nearly_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
