@@ -1,8 +1,8 @@
 """Every environment that fastcl promises to work in: ``nox -l`` lists them, ``nox -s SESSION`` makes one and runs it.
 
 Versions of Python are those of the classifiers in pyproject.toml, and the oldest torch is that of its requirements.
-Where uv is installed it makes the environments, which then share one copy of torch. A Python that is not on this machine
-is skipped, and said to be missing; ``--error-on-missing-interpreters`` makes that an error.
+Where uv is installed it makes the environments, which share one copy of torch then, and fetches missing Pythons; a
+session whose Python is not to be had is skipped, and says so (``--error-on-missing-interpreters``: fails).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python .ci/release.py [FOLDER]      keeps the files in FOLDER, customarily dist
 
-They are the source distribution, the wheel that pip makes of it with the C++ kernels, for this Python and platform, and
-the wheel without them (``FASTCL_NATIVE=off``), for every one. An environment holds torch and what torch requires, linked
+They are the source distribution, and made of it the wheel with the C++ kernels, for this Python and platform, and the
+wheel without them (``FASTCL_NATIVE=off``), for every one. An environment holds torch and what torch requires, linked
 from the Python that runs this: nothing large is downloaded again, and neither this checkout nor a package that fastcl
-forgot to require is there. CUDA C++ kernels are left out, which take minutes. Needs the extra ``dev``, git, and a C++20
+forgot to require is there. CUDA C++ kernels, which take minutes, are left out. Needs the extra ``dev``, git and a C++20
 compiler.
 """
 
