@@ -17,7 +17,7 @@ import fastcl
 
 ROOT = Path(__file__).parents[1]
 NOT_RELEASED = shutil.ignore_patterns(
-    ".*_cache", ".git", ".venv", "__pycache__", "build", "dist", "runs", "site", "*.so", "*.egg-info"
+    ".*_cache", ".git", ".nox", ".venv", "__pycache__", "build", "dist", "runs", "site", "*.so", "*.egg-info"
 )
 
 
