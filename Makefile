@@ -35,6 +35,20 @@ scoreboard:  ## prove every promise that this machine can prove, and write docs/
 docs:  ## the documentation as a site, in site/: strict, and without a network
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
+SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: lint format
+
+lint:  ## style and simple mistakes, of Python and of C++
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(SOURCES)
+
+format:  ## mends what lint would say of style
+	ruff check --fix
+	ruff format
+	clang-format -i $(SOURCES)
+
 RESULT ?= benchmarks/results/$(shell $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else 'no-gpu')").json
 MINUTES ?= 8
 # Most of the time of these tests goes into compiling kernels: by several processes, where pytest-xdist is installed.

@@ -93,47 +93,54 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("tile_bytes", &Engine::tile_bytes)
       .def_property_readonly("wide", &Engine::wide)
       .def("packed_bytes", &Engine::packed_bytes, "gradient"_a)
-      .def("pack", [](Engine& e, Address packed, bool gradient) { e.pack(at<void>(packed), gradient); }, Free())
-      .def("reuse", [](Engine& e, Address packed) { return e.reuse(at<void>(packed)); }, Free())
-      .def("reduce",
-           [](Engine& e, int link, bool both, Address work, Address kept, i64 keep, Address row, Address col) {
-             return e.reduce(fastcl::Link(link), both, at<void>(work), at<void>(kept), keep, at<float>(row),
-                             at<float>(col));
-           },
-           Free())
-      .def("grad",
-           [](Engine& e, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address work,
-              Address kept, i64 keep, Address dx, Address dy, Address row_sum, Address col_sum) {
-             e.grad(fastcl::Link(link), side<float>(row_lse, row_grad), side<float>(col_lse, col_grad), at<void>(work),
-                    at<void>(kept), keep, at<float>(dx), at<float>(dy), at<float>(row_sum), at<float>(col_sum));
-           },
-           Free())
-      .def("reduce_grad",
-           [](Engine& e, Address work, Address row, Address dx) {
-             return e.reduce_grad(at<void>(work), at<float>(row), at<float>(dx));
-           },
-           Free())
-      .def("topk",
-           [](Engine& e, Address work, i64 k, Address values, Address indices) {
-             e.topk(at<void>(work), k, at<float>(values), at<i64>(indices));
-           },
-           Free());
+      .def(
+          "pack", [](Engine& e, Address packed, bool gradient) { e.pack(at<void>(packed), gradient); }, Free())
+      .def(
+          "reuse", [](Engine& e, Address packed) { return e.reuse(at<void>(packed)); }, Free())
+      .def(
+          "reduce",
+          [](Engine& e, int link, bool both, Address work, Address kept, i64 keep, Address row, Address col) {
+            return e.reduce(fastcl::Link(link), both, at<void>(work), at<void>(kept), keep, at<float>(row),
+                            at<float>(col));
+          },
+          Free())
+      .def(
+          "grad",
+          [](Engine& e, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address work,
+             Address kept, i64 keep, Address dx, Address dy, Address row_sum, Address col_sum) {
+            e.grad(fastcl::Link(link), side<float>(row_lse, row_grad), side<float>(col_lse, col_grad), at<void>(work),
+                   at<void>(kept), keep, at<float>(dx), at<float>(dy), at<float>(row_sum), at<float>(col_sum));
+          },
+          Free())
+      .def(
+          "reduce_grad",
+          [](Engine& e, Address work, Address row, Address dx) {
+            return e.reduce_grad(at<void>(work), at<float>(row), at<float>(dx));
+          },
+          Free())
+      .def(
+          "topk",
+          [](Engine& e, Address work, i64 k, Address values, Address indices) {
+            e.topk(at<void>(work), k, at<float>(values), at<i64>(indices));
+          },
+          Free());
   py::class_<Doubles>(module, "Doubles")
       .def(from_python<Doubles, double>())
       .def("guided_by", &Doubles::guided_by, py::keep_alive<1, 2>())
-      .def("reduce", [](Doubles& d, int link, Address row) { d.reduce(fastcl::Link(link), at<double>(row)); }, Free())
-      .def("grad",
-           [](Doubles& d, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address dx,
-              Address row_sum) {
-             d.grad(fastcl::Link(link), side<double>(row_lse, row_grad), side<double>(col_lse, col_grad),
-                    at<double>(dx), at<double>(row_sum));
-           },
-           Free())
-      .def("topk",
-           [](Doubles& d, i64 k, Address values, Address indices) {
-             d.topk(k, at<double>(values), at<i64>(indices));
-           },
-           Free());
+      .def(
+          "reduce", [](Doubles& d, int link, Address row) { d.reduce(fastcl::Link(link), at<double>(row)); }, Free())
+      .def(
+          "grad",
+          [](Doubles& d, int link, Address row_lse, Address row_grad, Address col_lse, Address col_grad, Address dx,
+             Address row_sum) {
+            d.grad(fastcl::Link(link), side<double>(row_lse, row_grad), side<double>(col_lse, col_grad), at<double>(dx),
+                   at<double>(row_sum));
+          },
+          Free())
+      .def(
+          "topk",
+          [](Doubles& d, i64 k, Address values, Address indices) { d.topk(k, at<double>(values), at<i64>(indices)); },
+          Free());
   module.def(
       "normalize",
       [](const RowsTuple& x, int threads, Address unit, Address length) {

@@ -41,7 +41,8 @@ FASTCL_INLINE uint16_t to_f16(float f) {
   const uint32_t sign = as_bits(f) >> 16 & 0x8000, bits = as_bits(f) & 0x7fffffff;
   if (f != f) return uint16_t(sign | 0x7e00);
   if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // from 65,520 on
-  // Below 2^-14 there is one spacing, 2^-24, which is that of fp32 at 1/2: the sum rounds, and its low bits are the result.
+  // Below 2^-14 there is one spacing, 2^-24, which is that of fp32 at 1/2: the sum rounds, and its low bits
+  // are the result.
   if (bits < 0x38800000) return uint16_t(sign | (as_bits(as_float(bits) + 0.5f) - as_bits(0.5f)));
   return uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
 }

@@ -20,8 +20,8 @@ namespace {
 constexpr double LOG2E = 1.4426950408889634;
 constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr float FINF = std::numeric_limits<float>::infinity();
-constexpr int BLOCK = 224;      // rows of a block: a tile of fp32 weights and both operands fit 1 MB of L2 at D = 128
-constexpr int FEW_BLOCKS = 8;   // with fewer blocks of rows, they are made smaller, so that threads need not queue up
+constexpr int BLOCK = 224;     // rows of a block: a tile of fp32 weights and both operands fit 1 MB of L2 at D = 128
+constexpr int FEW_BLOCKS = 8;  // with fewer blocks of rows, they are made smaller, so that threads need not queue up
 
 i64 up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 i64 aligned(i64 bytes) { return up(bytes, 64); }
@@ -106,7 +106,7 @@ struct Engine::Plan {
   i64 ld;              // elements between rows of a tile's weights: not a power of two, which would strain L1
   Packed x{}, y{};
   const Plan* guide = nullptr;
-  double bound_low = -INF, bound_high = INF, longest_y = INF;  // of every logit; of |y|
+  double bound_low = -INF, bound_high = INF, longest_y = INF;       // of every logit; of |y|
   std::vector<float> row_bias, col_bias, row_ceiling, col_ceiling;  // padded to whole blocks
   std::vector<int32_t> drop_x, drop_y, only_x, only_y;
   std::vector<Range> drop_x_range, drop_y_range, only_x_range, only_y_range;
@@ -214,7 +214,8 @@ struct Engine::Plan {
   i64 weight_bytes() const { return aligned(tm * ld * k.element_bytes); }
   i64 logits_bytes() const { return aligned(tm * ld * 4); }
   i64 thread_bytes() const {
-    return row_part_bytes() + col_part_bytes() + logits_bytes() * (guide ? 2 : 1) + weight_bytes() * (k.element_bytes == 2 ? 2 : 1);
+    return row_part_bytes() + col_part_bytes() + logits_bytes() * (guide ? 2 : 1) +
+           weight_bytes() * (k.element_bytes == 2 ? 2 : 1);
   }
   Scratch scratch(void* work, int thread) const {
     char* at = static_cast<char*>(work) + thread * thread_bytes();
@@ -325,8 +326,8 @@ struct Engine::Plan {
           const i64 i = step.i * tm, j = step.j * tn;
           k.fold(s.logits, ld, t.rows, t.cols, false, row_top.data() + i, row.data() + i);
           if (!cols || t.diagonal) return;
-          auto &top = pairs.symmetric ? row_top : col_top;
-          auto &sum = pairs.symmetric ? row : col;
+          auto& top = pairs.symmetric ? row_top : col_top;
+          auto& sum = pairs.symmetric ? row : col;
           k.fold(s.logits, ld, t.rows, t.cols, true, top.data() + j, sum.data() + j);
         });
   }
@@ -512,8 +513,7 @@ void Engine::grad(Link link, Side rows, Side cols, void* work, const void* kept,
     const auto side = [](const Side& from, i64 count, i64 size, std::vector<float>& lse, std::vector<float>& grad) {
       if (!from.grad) return;
       lse.assign(size, FINF), grad.assign(size, 0);
-      for (i64 i = 0; i < count; i++)
-        lse[i] = float(from.lse[i] * LOG2E), grad[i] = from.grad[i];
+      for (i64 i = 0; i < count; i++) lse[i] = float(from.lse[i] * LOG2E), grad[i] = from.grad[i];
     };
     unit = 1;
     side(rows, p.m, p.bm * p.tm, r, g);

@@ -66,7 +66,7 @@ FORCE float sum(V v) {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float INF = __builtin_inff();
 
-// 2^x for -126 <= x <= 126, relative error 8e-8; 2^-126 below. Coefficients: minimax on [-1/2, 1/2], relative error 2e-9.
+// 2^x for -126 <= x <= 126, relative error 8e-8; 2^-126 below. Coefficients: minimax on [-1/2, 1/2], to 2e-9.
 FORCE V exp2(V x) {
   const V magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
   x = x < all(-126.f) ? all(-126.f) : x;
@@ -642,8 +642,8 @@ void add_rows(const double* weight, i64 ld, int rows, const double* y, int cols,
 }  // namespace
 
 extern const Kernels FASTCL_KERNELS = {
-    FASTCL_ISA_NAME, MR, NR, sizeof(E), VL, pack, same, reduce, weigh, weigh_stored, accumulate, logits, fold,
-    weigh_logits, dots, add_rows, exps,
+    FASTCL_ISA_NAME, MR,         NR,     sizeof(E), VL,           pack, same,     reduce, weigh,
+    weigh_stored,    accumulate, logits, fold,      weigh_logits, dots, add_rows, exps,
 };
 
 }  // namespace fastcl

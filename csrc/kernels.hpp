@@ -1,5 +1,5 @@
-// The kernels of one tile, as a table of functions: kernels.cpp is compiled once per instruction set and fills one table
-// each time; engine.cpp picks a table at run time and walks the tiles.
+// The kernels of one tile, as a table of functions: kernels.cpp is compiled once per instruction set and fills one
+// table each time; engine.cpp picks a table at run time and walks the tiles.
 //
 // Nothing in this header may have an inline body with external linkage: the linker could keep the copy that was
 // compiled for AVX-512 and hand it to code that runs on a machine without it.
@@ -21,11 +21,11 @@ struct Rows {
   i64 count, depth, row_stride, col_stride;
 };
 
-// The same matrix as the microkernels read it. NR and MR are the microtile's columns and rows, KP = 1 for fp32 and 2 for
-// bf16, whose dot product takes pairs. An element is a float, or a bf16.
+// The same matrix as the microkernels read it. NR and MR are the microtile's columns and rows, KP = 1 for fp32 and 2
+// for bf16, whose dot product takes pairs. An element is a float, or a bf16.
 //   panels [depth / NR][rows][NR]             rows of a product: a contiguous run of NR of a row's coordinates
 //   columns [rows / NR][depth / KP][NR][KP]   columns of a product over the depth
-//   deep   [depth / NR][rows / KP][NR][KP]    columns of a product over rows, for the gradient; fp32: the same as panels
+//   deep   [depth / NR][rows / KP][NR][KP]    columns of a product over rows, for the gradient; fp32: same as panels
 struct Packed {
   void *panels, *columns, *deep;
   i64 rows;  // stored: padded with zeros to whole blocks
@@ -36,9 +36,9 @@ struct Tile {
   const void *x, *y;     // first row in `panels`, first column in `columns`
   i64 x_panel, y_depth;  // elements between panels of x; depth of y, padded to KP
   i64 depth;
-  int rows, cols;  // inside the matrix
-  bool diagonal;   // of a symmetric matrix: keep the upper triangle, count the diagonal half for either side
-  bool plain;      // no bias, key, ceiling or guide anywhere
+  int rows, cols;      // inside the matrix
+  bool diagonal;       // of a symmetric matrix: keep the upper triangle, count the diagonal half for either side
+  bool plain;          // no bias, key, ceiling or guide anywhere
   float scale, shift;  // logit = scale * <x, y> + biases; exp link: value = 2^(logit / ln 2 - shift)
   const float *row_bias, *col_bias, *row_ceiling, *col_ceiling;  // at the tile's first row or column, or null
   const int32_t *drop_x, *drop_y, *only_x, *only_y;
@@ -50,8 +50,8 @@ struct Kernels {
   const char* name;
   int mr, nr, element_bytes, vector;  // `vector`: floats per register, and partial sums per row
 
-  // Packs rows [first, first + nr) of `from`, first % nr == 0, with zeros for those past its end; `columns` may be null.
-  // Returns the largest squared length among them, NaN if any is NaN.
+  // Packs rows [first, first + nr) of `from`, first % nr == 0, with zeros for those past its end; `columns` may be
+  // null. Returns the largest squared length among them, NaN if any is NaN.
   double (*pack)(const Rows& from, i64 first, const Packed& to, bool gradient);
   // Whether those rows equal what `panels` holds, bit by bit.
   bool (*same)(const Rows& from, i64 first, const Packed& packed);
@@ -65,8 +65,8 @@ struct Kernels {
                 float* row_part, float* col_part);
   void (*weigh_stored)(const Tile&, const void* basis, i64 basis_ld, const float* u, const float* v, void* weight,
                        void* weight_t, i64 ld, float* row_part, float* col_part);
-  // out[rows][out_ld] += A * B, B = `deep` of the other side. transposed: A(r, k) = weight(k, r), from weight_t for bf16.
-  // upper: the weights are an upper triangle, and its zeros are not multiplied.
+  // out[rows][out_ld] += A * B, B = `deep` of the other side. transposed: A(r, k) = weight(k, r), from weight_t for
+  // bf16. upper: the weights are an upper triangle, and its zeros are not multiplied.
   void (*accumulate)(float* out, i64 out_ld, int rows, const void* weight, i64 ld, bool transposed, bool upper,
                      const void* deep, i64 deep_panel, int steps, i64 depth);
 

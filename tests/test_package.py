@@ -17,7 +17,7 @@ import fastcl
 
 ROOT = Path(__file__).parents[1]
 NOT_RELEASED = shutil.ignore_patterns(
-    ".*_cache", ".git", ".venv", "__pycache__", "build", "dist", "runs", "site", "*.so", "*.egg-info"
+    ".*_cache", ".git", ".nox", ".venv", "__pycache__", "build", "dist", "runs", "site", "*.so", "*.egg-info"
 )
 
 
@@ -36,7 +36,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
     assert done.returncode == 0, done.stdout + done.stderr
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         source = {file.name.partition("/")[2] for file in archive.getmembers() if file.isfile()}
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+    with zipfile.ZipFile(next(folder.glob("*-py3-none-any.whl"))) as archive:
         wheel = set(archive.namelist())
     return source, wheel
 
@@ -57,6 +57,14 @@ def test_a_wheel_holds_the_package_alone(released: tuple[set[str], set[str]]) ->
     assert {"fastcl/py.typed", "fastcl/integrations/lightly.py"} <= wheel
     assert any(name.startswith("fastcl/trainer/data/") for name in wheel)
     assert f"fastcl-{fastcl.__version__}.dist-info/licenses/LICENSE" in wheel
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    promised = [int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)]
+    assert promised == list(range(promised[0], promised[-1] + 1))
+    for setting in ('requires-python = ">=3.{}"', 'target-version = "py3{}"', 'python_version = "3.{}"'):
+        assert setting.format(promised[0]) in text
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -30,8 +30,7 @@ void prepare(const Views& views, Dtype raw, Dtype dtype, float* bounds, i64* key
 
 void restore(const Views& views, const Sides& sides, const RestoreSide& x, const RestoreSide& y, Dtype raw, Dtype dtype,
              Target target) {
-  with_dtypes(raw, dtype,
-              [&]<Dtype R, Dtype T>() { run(restore_kernel<R, T>, target, 0, views, sides, x, y); });
+  with_dtypes(raw, dtype, [&]<Dtype R, Dtype T>() { run(restore_kernel<R, T>, target, 0, views, sides, x, y); });
 }
 
 }  // namespace fastcl::cuda

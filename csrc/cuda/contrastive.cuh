@@ -158,8 +158,8 @@ __device__ __forceinline__ void restore_row(const Views& v, const RestoreSide& s
 }
 
 template <Dtype R, Dtype T>
-__global__ void __launch_bounds__(kThreads) restore_kernel(const Views v, const Sides sides, const RestoreSide x,
-                                                           const RestoreSide y) {
+__global__ void __launch_bounds__(kThreads)
+    restore_kernel(const Views v, const Sides sides, const RestoreSide x, const RestoreSide y) {
   const int i = blockIdx.x * kWarps + threadIdx.x / 32;
   if (!ptx::guard(i < v.count)) return;
   // The loss is -log sigmoid(p - n): what n receives, p receives with the other sign, from both of its anchors.

@@ -58,7 +58,9 @@ __device__ __forceinline__ void group_sync(int group) { ptx::named_wait(1 + kCom
 // How many of the exponentials of a tile are taken by polynomials: at 128 features they keep up with the products
 // barely, at 64 not.
 template <int D>
-constexpr int kShare = D > 128 ? 0 : D > 64 ? 8 : 4;
+constexpr int kShare = D > 128  ? 0
+                       : D > 64 ? 8
+                                : 4;
 
 // The sums over a warpgroup's columns of a panel, as add_warps. Of one set, the second of a span's two parts is the
 // other warpgroup's, which has no sums for these columns.

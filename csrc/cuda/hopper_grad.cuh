@@ -86,7 +86,7 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
                                  tile.at(box * (BN / kBox) * kBoxBytes + in_box), k > 0);
       }
     };
-    const auto accumulate = [&](int stage) {  // out += the weighted rows of the tile
+    const auto accumulate = [&](int stage) {            // out += the weighted rows of the tile
       constexpr int kFeatures = BN / kBox * kBoxBytes;  // from 64 features to the next
       const Operand tile = column_operand(tile_at(stage), kFeatures);
 #pragma unroll

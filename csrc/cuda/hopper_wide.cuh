@@ -13,7 +13,7 @@ constexpr int kWideStages = 4, kHalfTile = 128;  // columns of a tile, or featur
 struct WideLayout {
   static constexpr int kRowsBytes = kHopperWideRows / kBox * kBoxBytes;
   static constexpr int kStageBytes = kRowsBytes + kHopperWideCols / kBox * kBoxBytes;
-  static constexpr int kSums = kWideStages * kStageBytes;  // over columns [group][warp][kHalfTile]
+  static constexpr int kSums = kWideStages * kStageBytes;                       // over columns [group][warp][kHalfTile]
   static constexpr int kFactors = kSums + kComputing * kWarps * kHalfTile * 4;  // of columns [group][2][kHalfTile]
   static constexpr int kBalance = kFactors + kComputing * 2 * kHalfTile * 4;
   static constexpr int kBarriers = kBalance + 64, kBytes = kBarriers + Ring<kWideStages>::kBytes;

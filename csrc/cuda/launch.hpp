@@ -9,9 +9,9 @@ namespace fastcl::cuda {
 constexpr int kParts = 128;  // blocks that look for bounds; each writes a part
 constexpr int kRange = 32;   // rows that share a range of drop keys
 
-// The implicit matrix, as fastcl.backends.Pairs. Null where absent; rows are contiguous, 16-byte aligned, and of a depth
-// that is a multiple of 8. fp32 numbers are multiplied as sums of two of bf16. Rows of f32 are to sm_80's sums and
-// gradients the higher numbers of eight features, then the lower ones, and so on, in a depth of both; to bounds and
+// The implicit matrix, as fastcl.backends.Pairs. Null where absent; rows are contiguous, 16-byte aligned, and of a
+// depth that is a multiple of 8. fp32 numbers are multiplied as sums of two of bf16. Rows of f32 are to sm_80's sums
+// and gradients the higher numbers of eight features, then the lower ones, and so on, in a depth of both; to bounds and
 // results they are floats. Hopper's kernels take rows of bf16 three times as long: (high, high, low) (high, low, high).
 struct Pairs {
   const void *x, *y;
@@ -63,10 +63,10 @@ struct GradSide {
 
 // Two views, row i of one the partner of row i of the other, as they came and as they are multiplied.
 struct Views {
-  const void *x, *y;   // (count, D), 16-byte aligned
-  void* z;             // (2 count, D)
-  float* length;       // (2 count), null where rows are not divided by it
-  float* positive;     // (2 count) logits of partners
+  const void *x, *y;  // (count, D), 16-byte aligned
+  void* z;            // (2 count, D)
+  float* length;      // (2 count), null where rows are not divided by it
+  float* positive;    // (2 count) logits of partners
   const float* scale;
   int count, depth;
 };
@@ -112,7 +112,8 @@ void restore(const Views&, const Sides&, const RestoreSide& x, const RestoreSide
 // The same by wgmma and the copy engine, in libraries built for sm_90a. Rows are bf16 or f16.
 void hopper_sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void hopper_grad(const GradSide& rows, const GradSide& cols, Dtype, Link, Target);
-// For rows of any depth: sums; weights of a strip, with their sums, where the plan has room for them; products with those.
+// For rows of any depth: sums; weights of a strip, with their sums, where the plan has room for them; products
+// with those.
 void hopper_wide_sums(const Pairs&, Dtype, Link, const Sums&, Target);
 void hopper_weights(const GradSide&, Dtype, Link, const Sums&, const Strip&, Target);
 void hopper_product(const Product&, const void* weights, i64 pitch, const void* y, bool transposed, Dtype, Target);

@@ -59,7 +59,7 @@ __device__ __forceinline__ float softplus(float s) {
 
 __device__ __forceinline__ float sigmoid(float s) { return ptx::reciprocal(1.0f + ptx::exp2(-s * kLog2E)); }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 // Rows in shared memory are 16 bytes longer than they need to be: eight of them lie in eight different groups of banks.
 template <int D>
@@ -112,7 +112,7 @@ __device__ __forceinline__ void products(float (&acc)[BN / 8][4], uint32_t rows,
   }
 }
 
-// ---- what threads know together --------------------------------------------------------------------------------------
+// ---- what threads know together -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
@@ -139,11 +139,11 @@ __device__ __forceinline__ float block_max(float v, float* shared) {
 
 __device__ __forceinline__ float nan_to_inf(float v) { return v == v ? v : INFINITY; }
 
-// ---- the constant shift ----------------------------------------------------------------------------------------------
+// ---- the constant shift ---------------------------------------------------------------------------------------------
 
 // What is subtracted from every exponent of base 2: a whole number, above 0 only where sums would overflow without it.
-// No logit is above |scale| max|x| max|y| + max|row bias| + max|column bias| (Cauchy-Schwarz), so no exponential is above
-// 2^room and no sum above 2^126. Without bounds rows have length 1, up to the rounding of bf16. For a whole warp.
+// No logit is above |scale| max|x| max|y| + max|row bias| + max|column bias| (Cauchy-Schwarz), so no exponential is
+// above 2^room and no sum above 2^126. Without bounds rows have length 1, up to the rounding of bf16. For a whole warp.
 __device__ __forceinline__ float constant_shift(const float* bounds, float scale, int room) {
   float largest = fabsf(scale) * 1.01f;
   if (bounds) {

@@ -244,11 +244,13 @@ __device__ __forceinline__ uint32_t renewed(uint32_t v) {
 
 // d (64 x N, fp32) = or += a b. Of an operand, a (64 x 16) or b (N x 16), the 16 numbers of a row lie side by side, or
 // those of a column do.
+// clang-format off: the words of an instruction stay together
 #define FASTCL_SHARED(N, type, registers, outputs, a_at, b_at, add_at, a_columns, b_columns)                   \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, " a_at \
                ", " b_at ", p, 1, 1, " a_columns ", " b_columns "; }"                                          \
                : outputs                                                                                       \
                : "l"(a), "l"(b), "r"(int(add)), "n"(int(COLUMNS_A)), "n"(int(COLUMNS_B)))
+// clang-format on
 #define FASTCL_SHARED_32(N, type) FASTCL_SHARED(N, type, FASTCL_R32, FASTCL_D32, "%32", "%33", "%34", "%35", "%36")
 #define FASTCL_SHARED_64(N, type) FASTCL_SHARED(N, type, FASTCL_R64, FASTCL_D64, "%64", "%65", "%66", "%67", "%68")
 template <Dtype T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
@@ -261,11 +263,13 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[N / 8][4], uint64_t a, u
 }
 
 // The same with a in registers, as mma.m16n8k16 has it, and b (16 x N), whose N numbers of a row lie side by side.
+// clang-format off
 #define FASTCL_REGISTERS(N, type, registers, outputs, a_at, b_at, add_at)                                          \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at ", 0; " FASTCL_WGMMA(N, type) "{" registers "}, {" a_at    \
                "}, " b_at ", p, 1, 1, 1; }"                                                                        \
                : outputs                                                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+// clang-format on
 #define FASTCL_A32 "%32, %33, %34, %35"
 #define FASTCL_A64 "%64, %65, %66, %67"
 template <Dtype T, int N>

@@ -9,8 +9,8 @@ template <int D>
 constexpr int kSumsShared = kTileBytes<kSumsCols<D>, D> + 2 * kTileBytes<kSumsRows, D> + kWarps * kSumsCols<D> * 4;
 
 // Sums over rows are added to this unit's part in memory, which each row's own thread does, those over columns stay in
-// registers while a panel does; off the diagonal of one set they are those of the mirrored rows. The diagonal units leave
-// them in a part of their own, the last. Nothing is atomic, and all orders are fixed.
+// registers while a panel does; off the diagonal of one set they are those of the mirrored rows. The diagonal units
+// leave them in a part of their own, the last. Nothing is atomic, and all orders are fixed.
 template <Dtype T, int D, Link L>
 __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sums plan) {
   constexpr int BM = kSumsRows, BN = kSumsCols<D>;

@@ -51,8 +51,8 @@ __device__ __forceinline__ void key_ranges(const i64* keys, i64* ranges, int cou
 
 // Bounds (4, kParts) on squared lengths and biases, one part per block, and the ranges of the drop keys.
 template <Dtype T>
-__global__ void __launch_bounds__(kThreads) bounds_kernel(const Pairs p, float* bounds, i64* row_ranges,
-                                                          i64* col_ranges) {
+__global__ void __launch_bounds__(kThreads)
+    bounds_kernel(const Pairs p, float* bounds, i64* row_ranges, i64* col_ranges) {
   if (bounds) {
     float* shared = reinterpret_cast<float*>(ptx::shared_memory());
     const float x = longest<T>(p.x, p.m, p.depth), y = p.symmetric ? x : longest<T>(p.y, p.n, p.depth);
@@ -102,7 +102,8 @@ __device__ __forceinline__ void finish_rows(const FinishSide& side, const float*
   for (int part = 0; ptx::bound(i < p.m) && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
   if constexpr (L == Link::exp) {
     const float scale = *p.scale, shift = constant_shift(bounds, scale, room);
-    // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum. Outside it is 0.
+    // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum.
+    // Outside it is 0.
     const bool suspect = total != 0.0f && !(total >= ptx::exp2(24.0f - room) && total < INFINITY);
     total = total == 0.0f ? -INFINITY : (shift + log2f(total)) * kLn2;
     unsigned left = __ballot_sync(kAll, suspect);
@@ -119,9 +120,9 @@ __device__ __forceinline__ void finish_rows(const FinishSide& side, const float*
 
 // Blocks take the rows, and after them the columns.
 template <Dtype T, Link L>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ FinishSide rows,
-                                                          const __grid_constant__ FinishSide cols,
-                                                          const float* bounds, int room) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ FinishSide rows, const __grid_constant__ FinishSide cols, const float* bounds,
+                  int room) {
   const bool of_rows = int(blockIdx.x) < rows.blocks;
   const int block = blockIdx.x - (of_rows ? 0 : rows.blocks);
   finish_rows<T, L>(of_rows ? rows : cols, bounds, block * kThreads + threadIdx.x, room);

@@ -203,8 +203,8 @@ def _resnet(file: Path | str) -> tuple[dict[str, Tensor], str]:
 
 
 def _read_image(path: Path) -> Tensor:
-    pil = need("PIL.Image", "images", "Install it: pip install pillow.")
-    tensors = need("torchvision.transforms.v2.functional", "images")
+    pil = need("PIL.Image", "reading images", "Install it: pip install pillow.")
+    tensors = need("torchvision.transforms.v2.functional", "reading images")
     try:
         with pil.open(path) as opened:
             image: Tensor = tensors.pil_to_tensor(opened.convert("RGB")).float() / 255

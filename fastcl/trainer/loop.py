@@ -91,7 +91,7 @@ def _run(
     given: Data | None,
     encoder: nn.Module | None,
 ) -> dict[str, Any]:
-    need("matplotlib", "the plots")  # better now than after the training
+    need("matplotlib", "plotting")  # better now than after the training
     need("tensorboard", "the event log")
     device = usable_device(config.device)
     data = load_data(config, given)

@@ -98,9 +98,7 @@ def plot_neighbours(path: Path | IO[bytes], images: Tensor, labels: Tensor, clas
     Labels ``(Q, 1 + K)`` of -1 have no class, and no colour.
     """
     rows, columns = labels.shape
-    figure = need("matplotlib.figure", "the plots").Figure(
-        figsize=(columns, 1.25 * rows), dpi=120, layout="constrained"
-    )
+    figure = need("matplotlib.figure", "plotting").Figure(figsize=(columns, 1.25 * rows), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for i in range(rows):
         for j in range(columns):
@@ -114,5 +112,5 @@ def plot_neighbours(path: Path | IO[bytes], images: Tensor, labels: Tensor, clas
 
 def _figure() -> tuple[Any, Any]:
     """A figure of its own, outside pyplot's global state: no display is needed and nothing is left behind."""
-    figure = need("matplotlib.figure", "the plots").Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    figure = need("matplotlib.figure", "plotting").Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     return figure, figure.add_subplot()
