@@ -304,6 +304,15 @@ def test_log_sum_exps_far_apart_keep_their_weights(kernels: ModuleType) -> None:
     check("exp", pairs._replace(row_bias=torch.linspace(-150, 150, 40)), 2e-5)
 
 
+def test_softplus_keeps_its_digits_over_the_whole_range(kernels: ModuleType) -> None:
+    """Each alone: in a sum over many, a series that is wrong near 0 would hide."""
+    logits = torch.linspace(-60, 60, 121)
+    x = torch.zeros(121, 8, dtype=torch.bfloat16)
+    row, _ = _cuda.reduce("softplus", Pairs(x, x[:1], torch.tensor(1.0), row_bias=logits), False)
+    for got, want in zip(row, torch.logaddexp(logits.double(), torch.zeros(()).double()), strict=True):
+        assert_close(got, want, 1e-6 + 6e-8 * float(want.log().abs()))  # a rounded exponent is off by as much
+
+
 @pytest.mark.parametrize("upstream", [1e-9, -1e-9, 1e9])
 def test_fp16_weights_neither_vanish_nor_overflow(upstream: float, kernels: ModuleType) -> None:
     pairs = Pairs(unit(40, 40, torch.float16), unit(50, 40, torch.float16, 1), torch.tensor(5.0))

@@ -250,6 +250,19 @@ def test_frozen_side(name: str, frozen: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_row_without_a_pair_sends_no_gradient(frozen: bool, name: str, backend: str) -> None:
+    q, k = tensors((M, D), (N, D))
+    k.requires_grad_(not frozen)
+    alone = torch.arange(M, device=DEVICE) % 3 == 0
+    result = REDUCTIONS[name](q, k, scale=2.0, drop=(alone.long(), torch.ones(N, dtype=torch.long, device=DEVICE)))
+    empty = -torch.inf if name == "logsumexp" else 0.0
+    assert (result[alone] == empty).all() and (result[~alone] != empty).all()
+    (dq,) = torch.autograd.grad(result.masked_fill(alone, 0).sum(), q)
+    assert (dq[alone] == 0).all() and dq.isfinite().all() and dq[~alone].any(1).all()
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
 def test_frozen_columns_may_change_before_backward(name: str, backend: str) -> None:
     q, k = tensors((M, D), (N, D))
     k = k.detach()
