@@ -332,6 +332,16 @@ def test_topk_of_ties_and_nan(dtype: torch.dtype) -> None:
     assert values[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_over_several_tiles(dtype: torch.dtype) -> None:
+    p = pairs_of(230, 530, 8, masked=True)
+    if dtype == torch.float64:
+        p = doubles(p)
+    (values, indices), (want, at) = native.topk(p, 7), chunked.topk(p, 7)
+    assert_close(values, want, 2e-6 if dtype == torch.float32 else 1e-14)
+    assert torch.equal(indices, at) and (indices > 400).any()
+
+
 def test_what_is_kept_is_measured_and_given_back() -> None:
     z = normalize(torch.randn(1024, 16), dim=1).requires_grad_()
 
