@@ -889,7 +889,7 @@ _CUDA = [
         "each = (tile_count + side.splits - 1) / side.splits;",
         "each = tile_count / side.splits;",
         "gradients: the tiles that splits do not divide are skipped",
-        (_simulated("several_panels_and_splits[0-ampere-False]"),),
+        (_simulated("gradients_of_few_rows_split_the_columns[ampere]"),),
     ),
     Mutant(
         "cuda", "csrc/cuda/sides.cuh",

@@ -242,6 +242,21 @@ def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pyte
     check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
 
 
+def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType) -> None:
+    """So that every processor has work: the last split has fewer tiles than the others."""
+    pairs = two_sets(40, 650, 40, torch.bfloat16, False)
+    assert _cuda._splits(pairs.x.device, 1, 11) == 4
+    exact = in_fp64(pairs)
+    row, _ = chunked.reduce("exp", exact, False, True)
+    sides = Sides(row, torch.linspace(0.5, 1.5, 40).double())
+    dx, _, row_sum, *_ = _cuda.grad(
+        "exp", pairs, Sides(*(t if t is None else t.float() for t in sides)), True, False, True
+    )
+    want, _, want_sum, _ = chunked.grad("exp", exact, sides, True, False, True)
+    assert_close(dx, want, GRADIENT[torch.bfloat16])
+    assert_close(row_sum, want_sum, 1e-4)
+
+
 def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
     (x, y), scale = raw_rows(75, 72, torch.float32, False), torch.tensor(9.0)
     results: list[tuple[torch.Tensor, ...]] = []
