@@ -938,7 +938,7 @@ _CUDA = [
         "ranges[2 * i + 1] = of_one_view ? last % v.count : v.count - 1;",
         "ranges[2 * i + 1] = last % v.count;",
         "a range of keys in which one view ends and the other begins has the largest key of the second",
-        (_simulated("contrastive_of_any_shape[0-ampere-True-70-136]"),),
+        (_simulated("contrastive_where_a_range_of_keys_is_of_both_views[ampere]"),),
     ),
     Mutant(
         "cuda", "csrc/cuda/hopper_sums.cuh",

@@ -415,6 +415,11 @@ def test_contrastive_of_any_shape(stacked: bool, b: int, d: int, seed: int) -> N
     check_contrastive(torch.float32, torch.bfloat16, b, d, stacked)
 
 
+def test_contrastive_where_a_range_of_keys_is_of_both_views(kernels: ModuleType) -> None:
+    """Rows 64 to 95 are the last of one view and the first of the other; their partners fill narrow tiles, wholly."""
+    check_contrastive(torch.float32, torch.bfloat16, 80, 136, True)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_contrastive_of_logits_that_a_constant_shift_cannot_serve(normalize: bool, kernels: ModuleType) -> None:
     check_contrastive(torch.float32, torch.float16, 33, 16, True, normalize, scale=300.0)
