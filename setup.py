@@ -116,7 +116,7 @@ def find_nvcc():
     raise RuntimeError("nvcc was not found in CUDA_HOME, on the PATH, or among packages of this Python")
 
 
-def compiled(objects):
+def compiled(objects, folder=OBJECTS):
     """Paths of the object files, in the order of their names, after Ninja has compiled those that are not up to date.
 
     Raises:
@@ -128,13 +128,13 @@ def compiled(objects):
         raise RuntimeError("ninja was not found on the PATH; pip install ninja")
     # Every output notes which headers it was made from; Ninja itself notes the command.
     rule = "rule compile\n  command = $command_line\n  depfile = $out.d\n  deps = gcc\n"
-    text = f"builddir = {OBJECTS}\n{rule}"
+    text = f"builddir = {folder}\n{rule}"
     for name, (source, command) in objects.items():
-        output = f"{OBJECTS}/{name}.o"
+        output = f"{folder}/{name}.o"
         dependencies = "-MD" if source.endswith(".cu") else "-MMD"
         line = shlex.join([*command, dependencies, "-MF", f"{output}.d", "-c", source, "-o", output])
         text += f"build {output}: compile {source}\n  command_line = {line.replace('$', '$$')}\n"
-    file = ROOT / OBJECTS / "build.ninja"
+    file = ROOT / folder / "build.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     # A failure does not stop the others: the next call may need them without what failed.
@@ -143,7 +143,7 @@ def compiled(objects):
         failed = re.search(r"FAILED: .*?([\w-]+)\.o", done.stdout)
         source, command = objects[failed[1]] if failed else ("build.ninja", [ninja])
         raise RuntimeError(f"{command[0]} failed on {source}\n\n{done.stdout}{done.stderr}")
-    return [str(OBJECTS / f"{name}.o") for name in objects]
+    return [f"{folder}/{name}.o" for name in objects]
 
 
 class Build(build_ext):

@@ -432,6 +432,17 @@ def scaling(result: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\nOn paper, **not measured**: `{result['command']}`, {result['date']}."
 
 
+def mutants(result: dict[str, Any]) -> str:
+    """What ``benchmarks/mutants.py`` wrote: a line per mutant, with the test that noticed it."""
+    rows = [
+        [row["part"], f"`{row['file']}`", row["what"], row["outcome"], f"`{row['test'].partition('[')[0]}`"]
+        for row in result["rows"]
+    ]
+    killed = sum(row["outcome"] == "killed" for row in result["rows"])
+    head = ["part", "file", "what is wrong", "outcome", "by"]
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {killed} of {len(rows)} mutants were killed."
+
+
 def verified(_: dict[str, Any]) -> str:
     """What ``benchmarks/ledger.py`` finds in all results."""
     return markdown(["kernel", "state"], [[f"`{row['kernel']}`", ledger.sentence(row)] for row in ledger.status(ROOT)])
@@ -487,6 +498,7 @@ TABLES: dict[str, tuple[str | None, Callable[[dict[str, Any]], str]]] = {
     "ranks-cpu": ("ranks-cpu.json", ranks),
     "grad_cache-cpu": ("grad_cache-cpu.json", grad_cache),
     "scaling": ("scaling.json", scaling),
+    "mutants": ("mutants.json", mutants),
     "ledger": (None, verified),
     **{f"promises-{name}": ("scoreboard.json", partial(promises, section=name)) for name in SECTIONS},
 }

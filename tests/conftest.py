@@ -81,6 +81,7 @@ SHARED = (
     "tests/test_distributed.py",
     "tests/test_four_edits.py",
     "tests/test_grad_cache.py",
+    "tests/test_mutants.py",
     "tests/test_package.py",
     "tests/test_site.py",
     "tests/trainer/test_run.py",

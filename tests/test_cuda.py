@@ -6,16 +6,17 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import setup
 from benchmarks import probe
 from fastcl import _ops, _settings, explain, functional, pairwise, reference, use_backend
 from fastcl.backends import Pairs, Sides, _cuda, chunked, native
@@ -36,20 +37,15 @@ each_half = pytest.mark.parametrize("dtype", HALF)
 SEEDS = (0, 7, 8, 21)  # both kinds of asynchronous work late, early, late, and copies early, products late
 
 
-def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
-    """Compile the kernels for the simulator and load them."""
+def build(folder: Path) -> ModuleType:
+    """Compile the kernels for the simulator, of an earlier build only what changed, and load them."""
     pybind11 = pytest.importorskip("pybind11", reason="the simulator's Python module is made with pybind11")
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DFASTCL_SIMULATE", "-DFASTCL_HOPPER", *EXTRA_FLAGS]
-    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-
-    def compile_one(source: Path) -> str:
-        output = str(folder / f"{source.stem}.o")
-        gxx(*flags, "-x", "c++", "-c", str(source), "-o", output)
-        return output
-
-    sources = [*(csrc / "cuda" / f"{name}.cu" for name in SOURCES), csrc / "sim" / "module.cpp"]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
+    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-x", "c++"]
+    sources = [*(f"csrc/cuda/{name}.cu" for name in SOURCES), "csrc/sim/module.cpp"]
+    with patch.dict(os.environ):
+        os.environ.pop("LD_PRELOAD", None)  # of `make sanitize`
+        objects = setup.compiled({Path(source).stem: (source, ["g++", *flags]) for source in sources}, folder)
     library = folder / f"_simulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     gxx("-shared", *EXTRA_FLAGS, *objects, "-o", str(library))
     loader = ExtensionFileLoader("_simulated", str(library))
@@ -68,7 +64,8 @@ def gxx(*args: str) -> None:
 def simulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     if sys.platform != "linux":
         pytest.skip("the simulator is built with g++ on Linux")
-    return build(tmp_path_factory.mktemp("simulator"))
+    kept = os.environ.get("TEST_SIMULATOR")  # a folder of the checkout, whose objects serve the next run
+    return build(Path(kept) if kept else tmp_path_factory.mktemp("simulator"))
 
 
 class Guards:
@@ -245,6 +242,21 @@ def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pyte
     check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
 
 
+def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType) -> None:
+    """So that every processor has work: the last split has fewer tiles than the others."""
+    pairs = two_sets(40, 650, 40, torch.bfloat16, False)
+    assert _cuda._splits(pairs.x.device, 1, 11) == 4
+    exact = in_fp64(pairs)
+    row, _ = chunked.reduce("exp", exact, False, True)
+    sides = Sides(row, torch.linspace(0.5, 1.5, 40).double())
+    dx, _, row_sum, *_ = _cuda.grad(
+        "exp", pairs, Sides(*(t if t is None else t.float() for t in sides)), True, False, True
+    )
+    want, _, want_sum, _ = chunked.grad("exp", exact, sides, True, False, True)
+    assert_close(dx, want, GRADIENT[torch.bfloat16])
+    assert_close(row_sum, want_sum, 1e-4)
+
+
 def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
     (x, y), scale = raw_rows(75, 72, torch.float32, False), torch.tensor(9.0)
     results: list[tuple[torch.Tensor, ...]] = []
@@ -307,7 +319,16 @@ def test_log_sum_exps_far_apart_keep_their_weights(kernels: ModuleType) -> None:
     check("exp", pairs._replace(row_bias=torch.linspace(-150, 150, 40)), 2e-5)
 
 
-@pytest.mark.parametrize("upstream", [1e-9, 1e9])
+def test_softplus_keeps_its_digits_over_the_whole_range(kernels: ModuleType) -> None:
+    """Each alone: in a sum over many, a series that is wrong near 0 would hide."""
+    logits = torch.linspace(-60, 60, 121)
+    x = torch.zeros(121, 8, dtype=torch.bfloat16)
+    row, _ = _cuda.reduce("softplus", Pairs(x, x[:1], torch.tensor(1.0), row_bias=logits), False)
+    for got, want in zip(row, torch.logaddexp(logits.double(), torch.zeros(()).double()), strict=True):
+        assert_close(got, want, 1e-6 + 6e-8 * float(want.log().abs()))  # a rounded exponent is off by as much
+
+
+@pytest.mark.parametrize("upstream", [1e-9, -1e-9, 1e9])
 def test_fp16_weights_neither_vanish_nor_overflow(upstream: float, kernels: ModuleType) -> None:
     pairs = Pairs(unit(40, 40, torch.float16), unit(50, 40, torch.float16, 1), torch.tensor(5.0))
     exact = in_fp64(pairs)
@@ -392,6 +413,11 @@ def test_contrastive(stacked: bool, raw: torch.dtype, dtype: torch.dtype, kernel
 @pytest.mark.parametrize("stacked", [True, False])
 def test_contrastive_of_any_shape(stacked: bool, b: int, d: int, seed: int) -> None:
     check_contrastive(torch.float32, torch.bfloat16, b, d, stacked)
+
+
+def test_contrastive_where_a_range_of_keys_is_of_both_views(kernels: ModuleType) -> None:
+    """Rows 64 to 95 are the last of one view and the first of the other; their partners fill narrow tiles, wholly."""
+    check_contrastive(torch.float32, torch.bfloat16, 80, 136, True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -97,6 +97,14 @@ def test_doubles_on_every_instruction_set(isa: str, link: str, masked: bool, sym
         assert_close(got, want, 1e-14 if abs(scale) < 100 else 1e-12)
 
 
+def test_softplus_keeps_its_digits_over_the_whole_range(isa: str) -> None:
+    """Each alone: in a sum over many, a series that is wrong near 0 would hide."""
+    logits = torch.linspace(-60, 60, 121)
+    row, _ = native.reduce("softplus", Pairs(logits[:, None], torch.ones(1, 1), torch.tensor(1.0)), False, False)
+    for got, want in zip(row, torch.logaddexp(logits.double(), torch.zeros(()).double()), strict=True):
+        assert_close(got, want, 1e-6 + 6e-8 * float(want.log().abs()))  # a rounded exponent is off by as much
+
+
 @pytest.mark.parametrize("case", HOT, ids=lambda c: c.label)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_loss_on_every_instruction_set(isa: str, case: LossCase, dtype: torch.dtype) -> None:
@@ -322,6 +330,16 @@ def test_topk_of_ties_and_nan(dtype: torch.dtype) -> None:
     values, indices = native.topk(Pairs(x, y, torch.tensor(1.0, dtype=dtype)), 3)
     assert indices[0].tolist() == [1, 2, 0] and values[0].tolist() == [3, 3, 2]
     assert values[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_over_several_tiles(dtype: torch.dtype) -> None:
+    p = pairs_of(230, 530, 8, masked=True)
+    if dtype == torch.float64:
+        p = doubles(p)
+    (values, indices), (want, at) = native.topk(p, 7), chunked.topk(p, 7)
+    assert_close(values, want, 2e-6 if dtype == torch.float32 else 1e-14)
+    assert torch.equal(indices, at) and (indices > 400).any()
 
 
 def test_what_is_kept_is_measured_and_given_back() -> None:

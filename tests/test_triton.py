@@ -270,7 +270,7 @@ def test_log_sum_exps_far_apart_keep_their_weights() -> None:
 
 
 @pytest.mark.parametrize("strips", [False, True])
-@pytest.mark.parametrize("upstream", [1e-9, 1e9])
+@pytest.mark.parametrize("upstream", [1e-9, -1e-9, 1e9])
 def test_fp16_weights_neither_vanish_nor_overflow(
     strips: bool, upstream: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
