@@ -54,6 +54,38 @@ def test_every_part_is_normalised_by_a_batchnorm_of_its_own(splits: int, shape: 
         torch.testing.assert_close(own, of_parts, rtol=1e-12, atol=1e-12)
 
 
+class Activated(nn.BatchNorm1d):
+    """A layer with more inside, as timm has them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        nn.BatchNorm1d(5, affine=False),
+        nn.BatchNorm1d(5, momentum=None),
+        nn.BatchNorm1d(5, track_running_stats=False),
+        Activated(5),
+    ],
+    ids=["not affine", "cumulative mean", "no statistics", "a subclass"],
+)
+def test_layers_of_every_kind_are_split(plain: nn.Module) -> None:
+    split, *copies = (copy.deepcopy(plain).double() for _ in range(3))
+    names, parameters = list(split.state_dict()), list(split.parameters())
+    split_batchnorm(split, 2)
+    assert list(split.state_dict()) == names
+    assert all(now is then for now, then in zip(split.parameters(), parameters, strict=True))
+    for _ in range(2):
+        x = torch.randn(8, 5, dtype=torch.float64)
+        want = torch.cat([layer(part) for layer, part in zip(copies, x.chunk(2), strict=True)])
+        torch.testing.assert_close(split(x), want, rtol=1e-12, atol=1e-12)
+    for name, buffer in split.named_buffers():
+        of_parts = torch.stack([getattr(layer, name) for layer in copies]).double().mean(0)
+        torch.testing.assert_close(buffer.double(), of_parts, rtol=1e-12, atol=1e-12)
+
+
 def test_running_statistics_are_the_mean_over_the_parts() -> None:
     split, copies = layers(4, 3)
     for _ in range(2):
