@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .errors import TrainError
 
-FORMAT = 3  # 2: a digest; 3: views by image, the shape of the images, and which of them are broken
+# 2: a digest; 3: views by image, the shape of the images, and which of them are broken; 4: all pixels tell data apart
+FORMAT = 4
 _SHOWN = 300  # characters of what differs
 
 

@@ -144,6 +144,17 @@ def test_a_run_on_given_data_is_resumed_with_them_and_no_others(
     assert resume(folder) == result  # a finished run needs none
 
 
+def test_a_single_pixel_of_many_images_makes_other_data() -> None:
+    images, labels = torch.zeros(700, 1, 2, 3, dtype=torch.uint8), torch.arange(700) % 2
+    other = images.clone()
+    other[1, 0, 1, 2] = 1
+    data, changed = (from_tensors(pixels, labels, images, labels) for pixels in (images, other))
+    assert data.fingerprint != changed.fingerprint
+    assert data.fingerprint == from_tensors(images.clone(), labels, images, labels).fingerprint
+    strided = torch.empty(700, 1, 2, 6, dtype=torch.uint8)[..., ::2].copy_(images)
+    assert data.fingerprint == from_tensors(strided, labels, images, labels).fingerprint
+
+
 def test_captions_are_part_of_the_data() -> None:
     data = from_tensors(*tensors())
 
