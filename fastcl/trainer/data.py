@@ -78,7 +78,7 @@ class Data:
                 count = min(len(half), _SAMPLE)
                 pixels = half.read(torch.arange(count) * len(half) // count)
             sha.update(repr((pixels.shape, pixels.dtype, half.captions)).encode())
-            sha.update(pixels.contiguous().view(-1).view(torch.uint8).numpy())
+            sha.update(pixels.contiguous().view(-1).view(torch.uint8).numpy().data)
         for part in self.decoder.parts:
             sha.update(repr(part).encode())
         return sha.hexdigest()

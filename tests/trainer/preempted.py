@@ -5,7 +5,6 @@ Ranks are forks of this process, before torch has started a thread, because impo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,7 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastcl.trainer import TrainConfig, TrainError, add_arguments, checkpoint, loop, run
+from fastcl.trainer import TrainConfig, TrainError, checkpoint, loop
+from fastcl.trainer import command as fastcl_train
+
+from .runs import parse
 
 RANKS = 4
 
@@ -47,9 +49,7 @@ def ranks(name: str, of_one: Callable[[], int], prepare: Callable[[int], object]
 
 def command(*words: str) -> int:
     """The exit code of ``fastcl train``."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args(words))
+    return fastcl_train.run(parse(*words))
 
 
 def preempted(rank: int) -> None:

@@ -19,7 +19,7 @@ from fastcl.trainer.methods import MoCo
 from fastcl.trainer.ranks import Ranks
 
 from .conftest import SHORT
-from .test_run import interrupt, same_run
+from .runs import interrupt, same_run
 
 
 def layers(dims: int, splits: int) -> tuple[nn.Module, list[nn.Module]]:

@@ -20,7 +20,7 @@ from fastcl.trainer.export import trained_encoder
 from fastcl.trainer.text import TEMPLATES, TextEncoder, captions, prompts, tokens
 
 from .conftest import SHORT
-from .test_run import interrupt, same_run
+from .runs import interrupt, same_run
 
 CPU = torch.device("cpu")
 RUN = SHORT | {"method": "clip", "steps": 160, "probe_every": 160, "checkpoint_every": 160, "text_width": 32}

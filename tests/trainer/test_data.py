@@ -2,7 +2,6 @@
 
 import gzip
 import struct
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from fastcl.trainer import TrainConfig, train
 from fastcl.trainer import data as data_module
 from fastcl.trainer.data import load_data
 from fastcl.trainer.errors import MissingData, MissingPackage
+
+from .runs import block_torchvision, need_torchvision
 
 
 def test_digits_are_the_1797_images_of_uci() -> None:
@@ -215,24 +216,3 @@ def test_absent_folders_are_sentences(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingData, match=sentence):
         load_data(TrainConfig(**settings))
-
-
-def need_torchvision() -> None:
-    """Skip where torchvision is absent, or was built for another torch and raises RuntimeError on import."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"torchvision does not work here: {error}")
-
-
-def block_torchvision(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Make every import of torchvision raise."""
-
-    class Block:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name.partition(".")[0] == "torchvision":
-                raise error
-
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Block(), *sys.meta_path])

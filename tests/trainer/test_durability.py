@@ -1,6 +1,5 @@
 """Runs that are killed, poisoned or out of room, and checkpoints that are damaged: what is left is whole."""
 
-import argparse
 import copy
 import csv
 import json
@@ -17,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import trainer
-from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
+from fastcl.trainer import TrainConfig, TrainError, command, loop, resume, table, train
 from fastcl.trainer.checkpoint import FORMAT, _leaves, load_checkpoint, save_checkpoint
 from fastcl.trainer.data import load_data
 from fastcl.trainer.guard import Guard
@@ -26,8 +24,8 @@ from fastcl.trainer.signals import requests
 
 from ..processes import together
 from .conftest import SHORT
-from .test_data import make_folder, need_torchvision
-from .test_run import interrupt, same_run, same_state_of_runs
+from .runs import interrupt, need_torchvision, parse, same_run, same_state_of_runs
+from .test_data import make_folder
 
 CPU = torch.device("cpu")
 SEED = random.randrange(2**31)  # another one every time; pytest shows it where a test fails
@@ -287,11 +285,9 @@ def test_a_signal_ends_a_run_after_its_step(
     assert isinstance(end.value, KeyboardInterrupt) if code == 130 else end.value.code == 143
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 5
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser)
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: signal.raise_signal(number))
-        assert trainer.run(parser.parse_args(["--resume", str(folder)])) == code
+        assert command.run(parse("--resume", str(folder))) == code
     assert f"fastcl train --resume {folder}" in capsys.readouterr().err
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 7
     resume(folder)

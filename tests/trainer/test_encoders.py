@@ -24,8 +24,7 @@ from fastcl.trainer.loop import _build
 from fastcl.trainer.models import build_encoder, calibrated, encode, projection_head, run_encoder
 
 from .conftest import SHORT
-from .test_data import need_torchvision
-from .test_run import same_run
+from .runs import need_torchvision, same_run
 
 
 class Mine(nn.Module):

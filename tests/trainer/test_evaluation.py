@@ -17,7 +17,7 @@ from fastcl.trainer.evaluation import evaluate, fine_tune
 from fastcl.trainer.probe import Prober, knn
 
 from .conftest import SHORT
-from .test_run import interrupt
+from .runs import interrupt
 
 CPU = torch.device("cpu")
 

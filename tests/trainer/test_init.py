@@ -18,7 +18,7 @@ from fastcl.trainer.loop import _build
 from fastcl.trainer.models import build_encoder
 
 from .conftest import SHORT
-from .test_data import need_torchvision
+from .runs import need_torchvision
 
 
 @pytest.fixture(scope="module")

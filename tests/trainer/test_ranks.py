@@ -13,9 +13,8 @@ import torch
 from fastcl.trainer import TrainConfig, TrainError, train
 
 from ..processes import together
-from .test_data import need_torchvision
+from .runs import need_torchvision, same_run
 from .test_decoding import BROKEN, make_folder
-from .test_run import same_run
 
 SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
 RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}

@@ -1,6 +1,5 @@
 """A run from end to end: its folder, its repeatability, and what it refuses."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import reference, trainer
-from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
+from fastcl import reference
+from fastcl.trainer import TrainConfig, TrainError, command, loop, resume, table, train
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fastcl.trainer.data import Images, load_data
 from fastcl.trainer.errors import MissingPackage
@@ -22,7 +21,7 @@ from fastcl.trainer.methods import METHODS, SimCLR
 from fastcl.trainer.progress import Progress
 
 from .conftest import SHORT
-from .test_data import block_torchvision
+from .runs import block_torchvision, interrupt, parse, same_run
 
 
 def test_the_run_folder_is_complete(short_run: tuple[Path, dict[str, Any]]) -> None:
@@ -371,37 +370,31 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], sentence: s
     assert not (tmp_path / "run").exists()
 
 
-def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser)
-    return parser.parse_args(words)
-
-
 def test_the_command_trains_without_torchvision_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     block_torchvision(monkeypatch, ImportError("blocked"))
     run, file = str(tmp_path / "run"), tmp_path / "result.json"
     args = parse("--steps", "2", "--batch-size", "32", "--threads", "1", "--output", run, "--json", str(file))
-    assert trainer.run(args) == 0
+    assert command.run(args) == 0
     out, err = capsys.readouterr()
     assert "raw pixels" in out and run in out
     assert "step 2/2: loss" in err
     assert json.loads(file.read_text()) == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert trainer.run(parse("--resume", run, "--json")) == 0
+    assert command.run(parse("--resume", run, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
 def test_resume_takes_no_other_setting(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="got --steps, --seed with --resume"):
-        trainer.run(parse("--resume", str(tmp_path), "--seed", "1", "--steps", "5"))
+        command.run(parse("--resume", str(tmp_path), "--seed", "1", "--steps", "5"))
 
 
 def test_an_interrupted_command_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt(monkeypatch, at=1)
-    assert trainer.run(parse("--batch-size", "32", "--threads", "1", "--output", str(tmp_path / "run"))) == 130
+    assert command.run(parse("--batch-size", "32", "--threads", "1", "--output", str(tmp_path / "run"))) == 130
     assert f"fastcl train --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
@@ -429,32 +422,3 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     with Progress(10, 4, torch.device("cpu")) as progress:
         progress.update(10, 1.5, 10.0, 0.1)
     assert "10/10" in capsys.readouterr().err
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Ctrl-C in the middle of step ``at``."""
-    step, steps = loop._step, iter(range(1, 1000))
-
-    def interrupted(*args: Any) -> tuple[float, float]:
-        if next(steps) == at:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Equal metrics, weights, queue and optimizer, bit for bit."""
-    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    same_state_of_runs(one, other)
-
-
-def same_state_of_runs(one: Path, other: Path) -> None:
-    """The same but for ``metrics.csv``."""
-    a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (one, other))
-    assert a["history"] == b["history"] and list(a["method"]) == list(b["method"])
-    for name in a["method"]:
-        assert torch.equal(a["method"][name], b["method"][name]), name
-    for i, state in a["optimizer"]["state"].items():
-        for name in state:
-            assert torch.equal(state[name], b["optimizer"]["state"][i][name]), (i, name)
