@@ -477,17 +477,14 @@ def main() -> int:
 
 
 def _write(path: str, rows: list[Compiled], failed: list[dict[str, Any]]) -> None:
-    from datetime import datetime, timezone
     from importlib.metadata import version
 
     import setup
-    from fastcl._info import commit
+    from fastcl._info import provenance
 
     nvcc = subprocess.run([setup.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     head = {
-        "command": "python -m benchmarks.aot --json benchmarks/results/aot.json",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **provenance("python -m benchmarks.aot --json benchmarks/results/aot.json"),
         "versions": {
             **{name: version(name) for name in ("torch", "triton")},
             "nvcc": re.findall(r"V([\d.]+)", nvcc)[0],

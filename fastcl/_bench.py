@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from . import functional, reference
 from ._checks import choice, sentence
-from ._info import commit, cpu_model, versions
+from ._info import cpu_model, provenance
 from ._measure import interleaved_seconds, median_ratio, peak_bytes
 from .backends import available_backends, native, use_backend, why_not
 from .testing import CASES, LossCase
@@ -80,10 +79,7 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
             progress(_line(row))
             rows.append(row)
     return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(command(settings)),
         "machine": machine,
         "settings": asdict(settings),
         "rows": rows,

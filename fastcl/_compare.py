@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from . import _peers
 from ._bench import DTYPES, at_least_one, check_rows, command, device_named, need_matplotlib, nothing_kept, where
 from ._bench import time_and_memory as figure_of
 from ._checks import choice, sentence
-from ._info import commit, cpu_model, versions
+from ._info import cpu_model, provenance
 from ._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from ._peers import LOSSES, PEERS, Loss, Problem
 from .backends import NAMES, available_backends, native, use_backend
@@ -121,10 +120,7 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
                 progress(_largest_line(row))
                 largest.append(row)
     return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(command(settings)),
         "peers": _peers.package_versions(),
         "missing": missing,
         "machine": machine,

@@ -7,8 +7,6 @@ memory of ours is measured with nothing kept for the backward, for what native k
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import datetime, timezone
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 import torch
 
 from fastcl._bench import nothing_kept
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 
+from ..record import updated, write
 from . import LIBRARIES, Case, Draw, backward, cases, missing, upstream_version
 
 PARITY = [(5, 3), (17, 40), (61, 16), (130, 7), (33, 64)]  # n, d; each with several seeds
@@ -126,12 +125,11 @@ def main() -> None:
     found = findings(rows)
     print("\n".join([*absent.values(), *(found or ["nothing refutes the claims"])]))
     result = {
-        "command": f"python -m benchmarks.dropins --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
-        f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
-        + (f" --cases '{args.cases}'" if args.cases else ""),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(
+            f"python -m benchmarks.dropins --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
+            f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
+            + (f" --cases '{args.cases}'" if args.cases else "")
+        ),
         "originals": {name: upstream_version(name) for name in LIBRARIES if name not in absent},
         "absent": absent,
         "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": torch.get_num_threads()},
@@ -139,21 +137,8 @@ def main() -> None:
         "findings": found,
     }
     if args.update:
-        result = updated(args.update, result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-
-
-def updated(file: str, now: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results with the cases of ``now`` in their places, and a note which command and commit those are of."""
-    with open(file, encoding="utf-8") as source:
-        earlier: dict[str, Any] = json.load(source)
-    new = {(row["library"], row["label"]): row for row in now["rows"]}
-    rows = [new.get((row["library"], row["label"]), row) for row in earlier["rows"]]
-    updates = [*earlier.get("updates", []), {name: now[name] for name in ("command", "commit", "date")}]
-    return {**earlier, "rows": rows, "findings": findings(rows), "updates": updates}
+        result = updated(args.update, result, ("library", "label"), findings)
+    write(args.json, result)
 
 
 def _line(size: dict[str, Any]) -> str:
