@@ -444,10 +444,14 @@ def _in_a_process(arch: int, dtype: str, few: bool) -> list[Compiled] | str:
 def main() -> int:
     """Compile, print a line per architecture and dtype, write the rows; 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--archs", default=",".join(map(str, SHARED_LIMIT)))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json")
+    parser.add_argument(
+        "--archs",
+        default=",".join(map(str, SHARED_LIMIT)),
+        help="compute capabilities, with commas (default: %(default)s)",
+    )
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the rows, with commas (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: %(default)s)")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--few", action="store_true", help="only what launches every kernel once")
     parser.add_argument("--one", nargs=2, metavar=("ARCH", "DTYPE"), help="compile here, and print the rows as JSON")
     args = parser.parse_args()

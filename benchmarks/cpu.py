@@ -101,10 +101,17 @@ def measure(loss: str, n: int, d: int, products: float, threads: int, rounds: in
 def main() -> None:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--losses", default="nt_xent,clip,moco,supcon")
-    parser.add_argument("--json")
+    parser.add_argument("--threads", default="1,2", help="numbers of CPU threads, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="calls of each contender, in turns; 3 above 4,096 rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--losses", default="nt_xent,clip,moco,supcon", help="which, with commas (default: %(default)s)"
+    )
+    parser.add_argument("--json", help="write the record here")
     args = parser.parse_args()
     rows = []
     for threads in map(int, args.threads.split(",")):

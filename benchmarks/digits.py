@@ -5,6 +5,7 @@ python -m benchmarks.digits      about half an hour; writes results/digits.json,
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import tempfile
@@ -26,6 +27,7 @@ RESULT = Path(__file__).parent / "results" / "digits.json"
 
 def main() -> int:
     """Run everything, write the result, and return the exit code."""
+    argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.partition("\n")[0]).parse_args()
     head = provenance("python -m benchmarks.digits")  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         rows = [_train(folder, method=method, seed=seed) for method in LEAST for seed in SEEDS]

@@ -5,6 +5,7 @@ python -m benchmarks.examples      a few minutes; writes results/examples.json
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import time
 from pathlib import Path
@@ -25,7 +26,8 @@ RESULT = Path(__file__).parent / "results" / "examples.json"
 
 
 def main() -> None:
-    """Run every example and write the result."""
+    """Run every example and write the record."""
+    argparse.ArgumentParser(prog="python -m benchmarks.examples", description=__doc__.partition("\n")[0]).parse_args()
     head = provenance("python -m benchmarks.examples")  # before anything is written
     rows = []
     for path in EXAMPLES:

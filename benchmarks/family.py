@@ -139,13 +139,15 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.family", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", default="512,2048,8192")
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rows", default="512,2048,8192", help="sizes N, with commas (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least; small sizes take more")
-    parser.add_argument("--limit-gb", type=float, default=6.0)
+    parser.add_argument(
+        "--limit-gb", type=float, default=6.0, help="skip what would need more memory (default: %(default)s)"
+    )
     parser.add_argument("--limit-seconds", type=float, default=20.0, help="of one call")
     parser.add_argument("--losses", default="", help="only labels that contain one of these, separated by commas")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--update", help="results of a whole run, of which the rows measured now take the place")
     args = parser.parse_args()
     sizes = sorted(map(int, args.rows.split(",")))

@@ -13,6 +13,7 @@ twice: at a learning rate where they tell something about the loss, and at the r
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 import tempfile
@@ -65,6 +66,9 @@ def small_resnet() -> nn.Module:
 
 def main() -> int:
     """Run everything, write the result, and return the exit code."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.fashion_mnist", description=__doc__.partition("\n")[0]
+    ).parse_args()
     head = provenance("python -m benchmarks.fashion_mnist")  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -253,10 +253,16 @@ def _of_goal(row: dict[str, Any], gpu: str) -> float | None:
 def main() -> None:
     """Measure shape after shape until the time is over, and write after each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="the record; rows of the same kernels that it has are kept"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="after which no other shape is begun (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the rows, with commas (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile kernels first")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     args = parser.parse_args()

@@ -124,8 +124,10 @@ def measure(build: Callable[[int], tuple[nn.Module, dict[str, Step]]], n: int, r
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grad_cache", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="steps of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     builds = [images, *([] if missing("sentence_transformers") else [texts])]

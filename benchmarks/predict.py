@@ -174,7 +174,7 @@ def main() -> None:
     from fastcl._info import provenance
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the predictions here")
     args = parser.parse_args()
     rows = predictions()
     for row in rows:

@@ -214,10 +214,12 @@ def measure(contenders: list[Contender], n: int, d: int, dtype: torch.dtype, dev
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1024, help="of every rank")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the rows (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="calls of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -117,7 +117,7 @@ def main() -> None:
     from fastcl._info import provenance
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
     found = steps()
     for step in found:

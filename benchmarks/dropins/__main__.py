@@ -88,14 +88,19 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__)
-    parser.add_argument("--rows", default="512,2048,8192")
-    parser.add_argument("--dim", type=int, default=128)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", default="512,2048,8192", help="sizes N, with commas (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least; small sizes take more")
-    parser.add_argument("--limit-gb", type=float, default=6.0)
+    parser.add_argument(
+        "--limit-gb",
+        type=float,
+        default=6.0,
+        help="skip an original that would need more memory (default: %(default)s)",
+    )
     parser.add_argument("--limit-seconds", type=float, default=12.0, help="of one call of the original")
     parser.add_argument("--cases", default="", help="only 'library label' that contain one of these, comma-separated")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--update", help="results of a whole run, of which the cases measured now take the place")
     args = parser.parse_args()
     torch.set_num_threads(1)
