@@ -33,11 +33,12 @@ from fastcl._info import cpu_model, provenance
 from fastcl._measure import interleaved_seconds, peak_bytes
 from fastcl.distributed import Ranks, Wire, bytes_sent, evaluate, gathered
 
-from .dropins import LIBRARIES, clone, missing, original, upstream_version
+from .dropins import clone, missing, original, upstream_version
 from .record import write
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows, their partners, and a scale
 EXACT_ROWS = 5
+COMPARED = ("lightly", "pytorch_metric_learning", "open_clip", "grad_cache", "inf_cl")
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def main() -> None:
                     f"torchrun --nproc-per-node {world} -m benchmarks.ranks --rows {args.rows} --dim {args.dim}"
                     f" --dtype {args.dtype} --rounds {args.rounds}"
                 ),
-                "peers": {name: upstream_version(name) for name in LIBRARIES if not missing(name)},
+                "peers": {name: upstream_version(name) for name in COMPARED if not missing(name)},
                 "machine": {
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
                     "ranks": world, "threads": torch.get_num_threads(),

@@ -376,7 +376,7 @@ def gradients(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     head = ["loss", "over ranks", "gradient of the encoder, times", "gradient of the scale, times"]
-    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version[0].isdigit())
     return f"{markdown(head, rows)}\n\n{_measured(result)} {result['machine']['ranks']} ranks; {peers}."
 
 
