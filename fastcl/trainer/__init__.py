@@ -19,9 +19,9 @@ from .errors import TrainError
 from .export import export
 from .given import from_tensors
 from .loop import resume, train
+from .outcome import table
 from .page import write_page
 from .presets import PRESETS, Preset, preset
-from .report import table
 
 __all__ = [
     "PRESETS",

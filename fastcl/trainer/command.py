@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 from .config import SECTIONS, TrainConfig, load_config
 from .errors import TrainError
 from .loop import resume, train
+from .outcome import table
 from .presets import PRESETS, preset
 from .ranks import launched
-from .report import table
 
 _STDOUT = "-"
 _METAVAR: dict[type, str] = {int: "N", float: "X"}

@@ -19,8 +19,8 @@ from .data import Data, load_data
 from .errors import TrainError
 from .machine import torch_threads, usable_device
 from .models import calibrated, encode
+from .outcome import ROWS
 from .probe import Features, Prober, few_label_probe, knn, linear_probe
-from .report import ROWS
 
 PROBES = ("knn", "linear", "few-label", "fine-tune")
 _COLUMNS = {
