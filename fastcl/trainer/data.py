@@ -83,6 +83,11 @@ class Data:
             sha.update(repr(part).encode())
         return sha.hexdigest()
 
+    @property
+    def shape(self) -> list[int]:
+        """C, H and W of the images."""
+        return list(self.test.read(torch.tensor([0])).shape[1:])
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: which data these are, and which images were found broken."""
         return {"fingerprint": self.fingerprint, "decoded": self.decoder.state}

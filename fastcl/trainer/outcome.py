@@ -72,13 +72,13 @@ def finish(
         "seed": config.seed,
         "steps": config.steps,
         "loss": sum(final) / len(final),
-        "skipped_batches": sum(row.get("skipped") is not None for row in history),
+        "skipped_batches": sum(row["skipped"] is not None for row in history),
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
         "zero_shot": method.zero_shot(features["trained"].test, features["trained"].test_labels, data.classes),
         "retrieval": texts and method.retrieval(features["trained"].test, [texts[i] for i in prober.test_at]),
-        "embeddings": {name: history[-1].get(name) for name in MONITORS},
+        "embeddings": {name: history[-1][name] for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
         "skipped_images": len(data.decoder.broken()),
@@ -115,21 +115,20 @@ def table(result: Mapping[str, Any]) -> str:
     for name, row in probed.items():
         ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
         lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
-    if result.get("zero_shot") is not None:
+    if result["zero_shot"] is not None:
         lines += ["", f"zero-shot accuracy of the class names, %: {result['zero_shot']:.1f}"]
-    if result.get("retrieval") is not None:
+    if result["retrieval"] is not None:
         there, back = (result["retrieval"][way] for way in ("image_to_text", "text_to_image"))
         lines += ["", f"recall at 1 of held-out pairs, %: {there:.1f} of texts, {back:.1f} of images"]
-    seen = result.get("embeddings", {})  # an older fastcl wrote none
-    if seen.get("effective_rank") is not None:
-        lines += [
-            "",
-            f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
-            f"effective rank {seen['effective_rank']:.1f}",
-        ]
-    if result.get("skipped_images"):
+    seen = result["embeddings"]
+    lines += [
+        "",
+        f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
+        f"effective rank {seen['effective_rank']:.1f}",
+    ]
+    if result["skipped_images"]:
         lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped_images.json"]
-    if result.get("skipped_batches"):
+    if result["skipped_batches"]:
         lines += ["", f"batches skipped, because they were not finite: {result['skipped_batches']}"]
     peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
     lines += [

@@ -156,7 +156,7 @@ class Records:
         file.flush()
 
     def _list_skipped(self) -> None:
-        rows = [row for row in self.history if row.get("skipped")][:_LISTED]
+        rows = [row for row in self.history if row["skipped"]][:_LISTED]
         lines = [
             json.dumps({"step": r["step"], "not_finite": r["skipped"], "images": self.images(r["step"])}) for r in rows
         ]
@@ -179,6 +179,6 @@ def spared(path: Path, write: Callable[[], object], say: Callable[[str], None]) 
 def in_a_row(history: Sequence[Mapping[str, Any]]) -> int:
     """How many batches at the end of a history were skipped."""
     count = 0
-    while count < len(history) and history[-1 - count].get("skipped"):
+    while count < len(history) and history[-1 - count]["skipped"]:
         count += 1
     return count

@@ -66,7 +66,7 @@ def preempted(rank: int) -> None:
 
 def poisoned(rank: int) -> None:
     """Of step 2 the views of rank 3 are not finite, of step 4 those of rank 0, in the second micro-batch."""
-    batch = loop._batch
+    batch = loop.batch_of
 
     def given(config: TrainConfig, data: Any, step: int, *rest: Any) -> Any:
         views, labels = batch(config, data, step, *rest)
@@ -74,7 +74,7 @@ def poisoned(rank: int) -> None:
             views[0][-1] = math.nan
         return views, labels
 
-    loop._batch = given
+    loop.batch_of = given
 
 
 def misread(rank: int) -> None:

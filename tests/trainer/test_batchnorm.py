@@ -14,7 +14,7 @@ from fastcl.trainer import PRESETS, TrainConfig, TrainError, export, loop, metho
 from fastcl.trainer.batchnorm import SplitBatchNorm, shuffled, split_batchnorm
 from fastcl.trainer.data import load_data
 from fastcl.trainer.export import trained_encoder
-from fastcl.trainer.loop import _build
+from fastcl.trainer.loop import build_method
 from fastcl.trainer.methods import MoCo
 from fastcl.trainer.ranks import Ranks
 
@@ -118,7 +118,7 @@ def test_shuffled_images_come_back_in_order_by_a_permutation_of_the_seed() -> No
 
 def moco(**settings: object) -> MoCo:
     config = TrainConfig(method="moco", batch_size=16, queue_size=50, **settings).resolved()  # type: ignore[arg-type]
-    method = _build(config, load_data(config))
+    method = build_method(config, load_data(config))
     Ranks().parallel(method, config)
     assert isinstance(method, MoCo)
     return method

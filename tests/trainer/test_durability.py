@@ -158,7 +158,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -
         return poisoned
 
     now, calls, losses = [0], list[int](), list[int]()
-    monkeypatch.setattr(loop, "_batch", views(loop._batch))
+    monkeypatch.setattr(loop, "batch_of", views(loop.batch_of))
     monkeypatch.setattr(loop, "add_gradients", part(loop.add_gradients))
     return losses
 
@@ -172,12 +172,12 @@ def test_a_batch_that_is_not_finite_changes_nothing(
     """MoCo has slow networks, a queue, and BatchNorm in both encoders."""
     config = TrainConfig(**MOCO, output=str(tmp_path), **SHORT, **options).resolved()
     data = load_data(config)
-    method = loop._build(config, data)
+    method = loop.build_method(config, data)
     optimizer = loop.build_optimizer(config, method)
     guard = Guard(method)
 
     def step(number: int) -> float:
-        views, labels = loop._batch(config, data, number, CPU)
+        views, labels = loop.batch_of(config, data, number, CPU)
         given = config.chunk, config.accumulate, config.precision, None, None, guard
         return loop._step(method, optimizer, views, labels, CPU, *given)[0]
 
@@ -219,7 +219,7 @@ def test_a_run_skips_what_is_not_finite_and_says_so(
     config = TrainConfig(output=str(whole), **settings).resolved()
     data = load_data(config)
     for row in listed:
-        _, labels = loop._batch(config, data, row["step"], CPU)
+        _, labels = loop.batch_of(config, data, row["step"], CPU)
         assert torch.equal(labels, data.train.labels[row["images"]])
     with monkeypatch.context() as patch:
         interrupt(patch, at=9)

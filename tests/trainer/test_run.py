@@ -196,7 +196,7 @@ def test_views_are_a_function_of_seed_and_step() -> None:
     data = dataclasses.replace(digits, train=one)
 
     def view(seed: int, step: int) -> torch.Tensor:
-        return loop._batch(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0][0]
+        return loop.batch_of(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0][0]
 
     assert torch.equal(view(0, 1), view(0, 1))
     for other in (view(0, 2), view(0, 3), view(1, 1)):  # steps 1 and 2 are one epoch, 3 is the next
@@ -206,9 +206,9 @@ def test_views_are_a_function_of_seed_and_step() -> None:
 def test_a_step_has_as_many_views_as_asked_and_a_control_mixes_all() -> None:
     data, cpu = load_data(TrainConfig()), torch.device("cpu")
     config = TrainConfig(batch_size=6, local_crops=3, local_size=4)
-    views, _ = loop._batch(config, data, 2, cpu)
+    views, _ = loop.batch_of(config, data, 2, cpu)
     assert [tuple(view.shape) for view in views] == [(6, 1, 8, 8)] * 2 + [(6, 1, 4, 4)] * 3
-    mixed, _ = loop._batch(dataclasses.replace(config, control="shuffled-pairs"), data, 2, cpu)
+    mixed, _ = loop.batch_of(dataclasses.replace(config, control="shuffled-pairs"), data, 2, cpu)
     for number, (view, other) in enumerate(zip(views, mixed, strict=True)):
         assert torch.equal(view.roll(number, 0), other)
 
@@ -250,7 +250,7 @@ def test_a_run_without_training_keeps_its_random_weights(tmp_path: Path) -> None
     config = TrainConfig(method="moco", control="no-training", output=str(tmp_path / "run"), **SHORT | {"steps": 3})
     result = train(config)
     trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
-    untrained = loop._build(config, load_data(config))
+    untrained = loop.build_method(config, load_data(config))
     for name, parameter in untrained.named_parameters():
         close = (0.0, 0.0) if parameter.requires_grad else (1e-6, 1e-6)  # the key encoder: a lerp of equal numbers
         torch.testing.assert_close(trained[name], parameter, atol=close[0], rtol=close[1])
@@ -264,7 +264,7 @@ def test_a_frozen_queue_does_not_move_and_the_encoder_does(tmp_path: Path) -> No
     )
     train(config)
     trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
-    untrained = loop._build(config, load_data(config)).state_dict()
+    untrained = loop.build_method(config, load_data(config)).state_dict()
     for name in ("loss.queue.features", "loss.queue.pointer"):
         assert torch.equal(trained[name], untrained[name])
     assert not torch.equal(trained["encoder.0.weight"], untrained["encoder.0.weight"])
