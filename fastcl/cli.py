@@ -251,11 +251,18 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         help=f"which launches (default: {kinds})",
     )
     parser.add_argument(
-        "--dtype", default=default.dtype, choices=("bfloat16", "float16", "float32"), help="of the rows"
+        "--dtype",
+        default=default.dtype,
+        choices=("bfloat16", "float16", "float32"),
+        help="of the rows (default: %(default)s)",
     )
     parser.add_argument("--rows", default=default.rows, type=int, help="of the batch (default: %(default)s)")
-    parser.add_argument("--workers", default=default.workers, type=int, help="processes that compile (%(default)s)")
-    parser.add_argument("--rounds", default=default.rounds, type=int, help="of which the median counts")
+    parser.add_argument(
+        "--workers", default=default.workers, type=int, help="processes that compile (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", default=default.rounds, type=int, help="of which the median counts (default: %(default)s)"
+    )
     parser.set_defaults(device=default.device)
 
 

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .checkpoint import has_checkpoint
 from .config import SECTIONS, TrainConfig, load_config
 from .errors import TrainError
 from .loop import resume, train
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         result = resume(folder) if args.resume else train(config)
     except (KeyboardInterrupt, SystemExit) as end:
         if launched().first:
-            print(f"\nInterrupted. Continue with: fastcl train --resume {folder}", file=sys.stderr)
+            way_on = f"Continue with: fastcl train --resume {folder}"
+            print("\nInterrupted.", way_on if has_checkpoint(folder) else "No step was saved.", file=sys.stderr)
         return 128 + (signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM)
     if not launched().first:
         return 0

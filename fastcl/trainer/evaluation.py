@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .batches import generator
-from .checkpoint import load_checkpoint, restore, write_json
+from .checkpoint import CHECKPOINT, load_checkpoint, restore, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
@@ -65,7 +65,7 @@ def evaluate(
     if epochs < 1:
         raise TrainError(f"got epochs = {epochs}; expected 1 or more. Choose a larger number.")
     folder = Path(folder)
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / CHECKPOINT)
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
     with torch_threads(config.threads):
         images = load_data(config, data)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import batch_of, generator, images_of
-from .checkpoint import load_checkpoint, restore, save_checkpoint
+from .checkpoint import CHECKPOINT, load_checkpoint, restore, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
@@ -73,11 +73,11 @@ def resume(folder: Path | str, *, data: Data | None = None, encoder: nn.Module |
     if (folder / "result.json").exists():
         finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return finished
-    state = load_checkpoint(folder / "checkpoint.pt", repair=launched().first)
+    state = load_checkpoint(folder / CHECKPOINT, repair=launched().first)
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
         if ranks.told(state["step"]) != state["step"]:  # a file that one rank could read and another could not
-            state = load_checkpoint(folder / "checkpoint.pt", repair=False)
+            state = load_checkpoint(folder / CHECKPOINT, repair=False)
         return _run(config, folder, state, ranks, data, encoder)
 
 
@@ -108,7 +108,7 @@ def _run(
         if state is None and ranks.first:
             claim(folder, config)
         if state is not None:
-            restore(method, state["method"], folder / "checkpoint.pt")
+            restore(method, state["method"], folder / CHECKPOINT)
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled():
                 scaler.load_state_dict(state["scaler"])
@@ -162,7 +162,7 @@ def _run(
                     ranks.unite(data.decoder.state, device)
                 if saving and ranks.first:
                     save_checkpoint(
-                        folder / "checkpoint.pt",
+                        folder / CHECKPOINT,
                         {
                             "config": dataclasses.asdict(config),
                             "step": step,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..pairwise import l2_normalize, pair_topk
 from . import plots
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import CHECKPOINT, load_checkpoint, write_atomically
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
@@ -76,7 +76,7 @@ def write_page(run: Path | str, *, data: Data | None = None, encoder: nn.Module 
         TrainError: the run is not finished, its checkpoint cannot be read, or its data are not there.
     """
     run = Path(run)
-    state = load_checkpoint(run / "checkpoint.pt")
+    state = load_checkpoint(run / CHECKPOINT)
     if not (run / "result.json").is_file():
         raise TrainError(
             f"got {run}, which holds an interrupted run; expected a finished one. Continue it with: "

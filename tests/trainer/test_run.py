@@ -280,6 +280,9 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(short_run: tuple[Path, d
     other.mkdir()
     (other / "config.json").write_text("{}")
     (other / "notes.txt").write_text("mine")
+    with pytest.raises(TrainError, match=r"interrupted run; .* replace the run with --overwrite$"):
+        train(TrainConfig(output=str(other)))  # there is nothing to resume
+    (other / "previous-checkpoint.pt").write_bytes(b"")
     with pytest.raises(TrainError, match=r"interrupted run; .* --resume"):
         train(TrainConfig(output=str(other)))
     (other / "result.json").write_text("{}")
@@ -393,9 +396,13 @@ def test_resume_takes_no_other_setting(tmp_path: Path) -> None:
 def test_an_interrupted_command_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt(monkeypatch, at=1)
-    assert command.run(parse("--batch-size", "32", "--threads", "1", "--output", str(tmp_path / "run"))) == 130
-    assert f"fastcl train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    way_on = f"Continue with: fastcl train --resume {tmp_path / 'run'}"
+    words = ["--batch-size", "32", "--threads", "1", "--checkpoint-every", "1", "--output", str(tmp_path / "run")]
+    for at, said in ((1, "No step was saved."), (2, way_on)):  # before and after the first checkpoint
+        with monkeypatch.context() as patch:
+            interrupt(patch, at=at)
+            assert command.run(parse(*words, "--overwrite")) == 130
+        assert f"\nInterrupted. {said}\n" in capsys.readouterr().err
 
 
 def test_flags_and_fields_have_the_same_defaults_and_types() -> None:
