@@ -1,6 +1,7 @@
-"""What tests of runs do alike: read a command, cut a run off, compare two of them, and look for torchvision."""
+"""What tests of runs do alike: read a command and what it left, cut a run off, compare two, look for torchvision."""
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         return step(*args)
 
     monkeypatch.setattr(loop, "_step", interrupted)
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv``."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[float]:
+    """Of every step."""
+    return [float(row["loss"]) for row in metrics(folder)]
 
 
 def same_run(one: Path, other: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -20,7 +19,7 @@ from fastcl.trainer.export import trained_encoder
 from fastcl.trainer.text import TEMPLATES, TextEncoder, captions, prompts, tokens
 
 from .conftest import SHORT
-from .runs import interrupt, same_run
+from .runs import interrupt, losses, same_run
 
 CPU = torch.device("cpu")
 RUN = SHORT | {"method": "clip", "steps": 160, "probe_every": 160, "checkpoint_every": 160, "text_width": 32}
@@ -222,9 +221,8 @@ def test_a_data_set_with_captions_needs_no_labels_to_learn(tmp_path: Path, monke
 def test_a_run_in_half_precision_and_chunks(tmp_path: Path) -> None:
     settings = FEW | {"steps": 4, "accumulate": 2, "chunk": 32, "precision": "bf16"}
     result = train(TrainConfig(output=str(tmp_path / "run"), **settings))
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert losses[0] < math.log(32) * 2 and all(map(math.isfinite, losses)) and result["zero_shot"] is not None
+    curve = losses(tmp_path / "run")
+    assert curve[0] < math.log(32) * 2 and all(map(math.isfinite, curve)) and result["zero_shot"] is not None
 
 
 @pytest.mark.parametrize(

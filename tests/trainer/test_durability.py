@@ -1,7 +1,6 @@
 """Runs that are killed, poisoned or out of room, and checkpoints that are damaged: what is left is whole."""
 
 import copy
-import csv
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from fastcl.trainer.signals import requests
 
 from ..processes import together
 from .conftest import SHORT
-from .runs import interrupt, need_torchvision, parse, same_run, same_state_of_runs
+from .runs import interrupt, metrics, need_torchvision, parse, same_run, same_state_of_runs
 from .test_data import make_folder
 
 CPU = torch.device("cpu")
@@ -210,7 +209,7 @@ def test_a_run_skips_what_is_not_finite_and_says_so(
     assert [f"warning: step {step}: the views are not finite" in said for step in range(1, 15)] == [
         step in bad for step in range(1, 15)
     ]
-    rows = list(csv.DictReader((whole / "metrics.csv").open(newline="")))
+    rows = metrics(whole)
     assert [(int(row["step"]), row["loss"]) for row in rows if row["skipped"]] == [(step, "") for step in bad]
     losses = [float(row["loss"]) for row in rows if not row["skipped"]]
     assert len(losses) == 9 and result["loss"] == pytest.approx(sum(losses) / 9)

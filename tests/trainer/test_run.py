@@ -1,6 +1,5 @@
 """A run from end to end: its folder, its repeatability, and what it refuses."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -21,7 +20,7 @@ from fastcl.trainer.methods import METHODS, SimCLR
 from fastcl.trainer.progress import Progress
 
 from .conftest import SHORT
-from .runs import block_torchvision, interrupt, parse, same_run
+from .runs import block_torchvision, interrupt, losses, metrics, parse, same_run
 
 
 def test_the_run_folder_is_complete(short_run: tuple[Path, dict[str, Any]]) -> None:
@@ -60,8 +59,7 @@ def test_the_result_has_the_promised_keys(short_run: tuple[Path, dict[str, Any]]
 
 def test_metrics_follow_every_step(short_run: tuple[Path, dict[str, Any]]) -> None:
     folder, result = short_run
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = metrics(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 25))
     assert [int(row["step"]) for row in rows if row["few10"]] == [12, 24]
     assert result["loss"] == pytest.approx(sum(float(row["loss"]) for row in rows) / 24)
@@ -216,9 +214,8 @@ def test_a_step_has_as_many_views_as_asked_and_a_control_mixes_all() -> None:
 def test_a_run_with_local_crops_learns(tmp_path: Path) -> None:
     crops = {"local_crops": 2, "local_size": 4}
     train(TrainConfig(output=str(tmp_path / "run"), **crops, **SHORT))
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert len(losses) == 24 and sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.2
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 24 and sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 - 0.2
 
 
 def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
@@ -226,8 +223,7 @@ def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
     chance = math.log(2 * 64 - 1)
     real = train(TrainConfig(output=str(tmp_path / "real"), **settings))
     control = train(TrainConfig(output=str(tmp_path / "control"), control="shuffled-pairs", **settings))
-    with (tmp_path / "real" / "metrics.csv").open(newline="") as file:
-        last = float(list(csv.DictReader(file))[-1]["loss"])
+    last = losses(tmp_path / "real")[-1]
     assert last < chance - 0.8 and control["loss"] > chance - 0.05
     assert control["probe"]["trained"]["few10"]["mean"] < real["probe"]["trained"]["few10"]["mean"]
 
@@ -241,8 +237,7 @@ def test_the_fused_loss_trains_as_the_dense_one(tmp_path: Path, monkeypatch: pyt
     for name, method in (("fused", SimCLR), ("dense", Dense)):
         monkeypatch.setitem(METHODS, "simclr", method)
         train(TrainConfig(output=str(tmp_path / name), temperature=0.1, **SHORT))
-        with (tmp_path / name / "metrics.csv").open(newline="") as file:
-            curves.append([float(row["loss"]) for row in csv.DictReader(file)])
+        curves.append(losses(tmp_path / name))
     assert curves[0] == pytest.approx(curves[1], abs=1e-3) and curves[0][-1] < curves[0][0] - 0.5
 
 
