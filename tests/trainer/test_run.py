@@ -14,6 +14,7 @@ import torch
 from fastcl import reference
 from fastcl.trainer import TrainConfig, TrainError, command, loop, resume, table, train
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from fastcl.trainer.config import SECTIONS
 from fastcl.trainer.data import Images, load_data
 from fastcl.trainer.errors import MissingPackage
 from fastcl.trainer.methods import METHODS, SimCLR
@@ -401,6 +402,7 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 def test_flags_and_fields_have_the_same_defaults_and_types() -> None:
+    assert set(SECTIONS) < {f.name for f in dataclasses.fields(TrainConfig)}  # groups of --help
     assert not [name for name in vars(parse()) if name not in ("resume", "preset", "config", "set", "json")]
     args = parse("--steps", "3", "--temperature", "0.1", "--download", "--data-dir", "x", "--threads", "2")
     assert (args.steps, args.temperature, args.download, args.data_dir, args.threads) == (3, 0.1, True, "x", 2)
