@@ -25,12 +25,17 @@ sanitize-native:  ## the primitives on the CPU
 	$(RUN) $(PRELOAD) $(PYTHON) -m pytest -n 0 tests/test_native.py tests/test_pairwise.py -k "not triton and not chunked and not compiled" \
 		; status=$$?; $(MAKE) native; exit $$status
 
-.PHONY: scoreboard
+.PHONY: check docs scoreboard tables
+
+check:  ## everything that must hold before a change goes in, in a new environment
+	.ci/run
 
 scoreboard:  ## prove every promise that this machine can prove, and write docs/reliability.md
 	$(PYTHON) -m benchmarks.scoreboard; status=$$?; $(PYTHON) -m benchmarks.render; exit $$status
 
-.PHONY: docs
+tables:  ## tables and pictures of README.md and docs/ from the committed records
+	$(PYTHON) -m benchmarks.render
+	$(PYTHON) -m benchmarks.pictures
 
 docs:  ## the documentation as a site, in site/: strict, and without a network
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

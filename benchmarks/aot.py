@@ -444,10 +444,14 @@ def _in_a_process(arch: int, dtype: str, few: bool) -> list[Compiled] | str:
 def main() -> int:
     """Compile, print a line per architecture and dtype, write the rows; 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--archs", default=",".join(map(str, SHARED_LIMIT)))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json")
+    parser.add_argument(
+        "--archs",
+        default=",".join(map(str, SHARED_LIMIT)),
+        help="compute capabilities, with commas (default: %(default)s)",
+    )
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the rows, with commas (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: %(default)s)")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--few", action="store_true", help="only what launches every kernel once")
     parser.add_argument("--one", nargs=2, metavar=("ARCH", "DTYPE"), help="compile here, and print the rows as JSON")
     args = parser.parse_args()
@@ -477,17 +481,14 @@ def main() -> int:
 
 
 def _write(path: str, rows: list[Compiled], failed: list[dict[str, Any]]) -> None:
-    from datetime import datetime, timezone
     from importlib.metadata import version
 
     import setup
-    from fastcl._info import commit
+    from fastcl._info import provenance
 
     nvcc = subprocess.run([setup.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     head = {
-        "command": "python -m benchmarks.aot --json benchmarks/results/aot.json",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **provenance("python -m benchmarks.aot --json benchmarks/results/aot.json"),
         "versions": {
             **{name: version(name) for name in ("torch", "triton")},
             "nvcc": re.findall(r"V([\d.]+)", nvcc)[0],

@@ -13,9 +13,7 @@ matrix product of 1,024 rows, timed in the same rounds; bf16 counts against the 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
@@ -23,10 +21,12 @@ import torch
 from torch import Tensor
 
 from fastcl import _settings, use_backend
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
 from fastcl._peers import QUEUE, package_versions, problem
 from fastcl.backends import native
+
+from .record import write
 
 Step = Callable[[], object]
 # loss, rows, dimension, products of N x M x D that the least arithmetic takes: the symmetric matrix is formed once,
@@ -101,10 +101,17 @@ def measure(loss: str, n: int, d: int, products: float, threads: int, rounds: in
 def main() -> None:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--losses", default="nt_xent,clip,moco,supcon")
-    parser.add_argument("--json")
+    parser.add_argument("--threads", default="1,2", help="numbers of CPU threads, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="calls of each contender, in turns; 3 above 4,096 rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--losses", default="nt_xent,clip,moco,supcon", help="which, with commas (default: %(default)s)"
+    )
+    parser.add_argument("--json", help="write the record here")
     args = parser.parse_args()
     rows = []
     for threads in map(int, args.threads.split(",")):
@@ -122,18 +129,14 @@ def main() -> None:
                 )
                 rows.append(row)
     result = {
-        "command": f"python -m benchmarks.cpu --threads {args.threads} --rounds {args.rounds} --losses {args.losses}",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(
+            f"python -m benchmarks.cpu --threads {args.threads} --rounds {args.rounds} --losses {args.losses}"
+        ),
         "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": args.threads},
         "peers": package_versions(),
         "rows": rows,
     }
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+    write(args.json, result)
 
 
 if __name__ == "__main__":

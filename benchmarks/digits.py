@@ -5,18 +5,19 @@ python -m benchmarks.digits      about half an hour; writes results/digits.json,
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl.trainer import TrainConfig, train
+
+from .record import write
 
 SEEDS = (0, 1, 2)
 LEAST = {"simclr": 96.0, "moco": 95.5, "byol": 95.0, "simsiam": 95.0, "supcon": 98.0}  # few10, percent
@@ -26,7 +27,8 @@ RESULT = Path(__file__).parent / "results" / "digits.json"
 
 def main() -> int:
     """Run everything, write the result, and return the exit code."""
-    measured_at = commit()  # before anything is written
+    argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.partition("\n")[0]).parse_args()
+    head = provenance("python -m benchmarks.digits")  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         rows = [_train(folder, method=method, seed=seed) for method in LEAST for seed in SEEDS]
         control = _train(folder, method="simclr", seed=0, control="shuffled-pairs")
@@ -48,24 +50,16 @@ def main() -> int:
         "same seed twice: identical metrics": curves[0] == curves[1]
         and all(rows[0][key] == again[key] for key in ("loss", "probe")),
     }
-    RESULT.write_text(
-        json.dumps(
-            {
-                "command": "python -m benchmarks.digits",
-                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": measured_at,
-                "versions": versions(),
-                "machine": {"device": cpu_model(), "threads": rows[0]["threads"]},
-                "checks": checks,
-                "rows": rows,
-                "control": control,
-                "more_controls": [untrained, frozen, hot | {"control": "temperature 100"}],
-                "repeat": again,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    result = {
+        **head,
+        "machine": {"device": cpu_model(), "threads": rows[0]["threads"]},
+        "checks": checks,
+        "rows": rows,
+        "control": control,
+        "more_controls": [untrained, frozen, hot | {"control": "temperature 100"}],
+        "repeat": again,
+    }
+    write(RESULT, result)
     for what, ok in checks.items():
         print(f"{'pass' if ok else 'FAIL'}  {what}")
     return 0 if all(checks.values()) else 1

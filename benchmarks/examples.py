@@ -5,17 +5,18 @@ python -m benchmarks.examples      a few minutes; writes results/examples.json
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import json
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
+
+from .record import write
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -25,8 +26,9 @@ RESULT = Path(__file__).parent / "results" / "examples.json"
 
 
 def main() -> None:
-    """Run every example and write the result."""
-    measured_at = commit()  # before anything is written
+    """Run every example and write the record."""
+    argparse.ArgumentParser(prog="python -m benchmarks.examples", description=__doc__.partition("\n")[0]).parse_args()
+    head = provenance("python -m benchmarks.examples")  # before anything is written
     rows = []
     for path in EXAMPLES:
         for settings in ({}, *VARIANTS.get(path.stem, [])):
@@ -36,15 +38,12 @@ def main() -> None:
             rows.append({"example": path.stem, "settings": settings, "figures": figures, "cpu_seconds": seconds})
             print(rows[-1], flush=True)
     result = {
-        "command": "python -m benchmarks.examples",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": measured_at,
-        "versions": versions(),
+        **head,
         "machine": {"device": cpu_model(), "threads": torch.get_num_threads()},
         "seeds": SEEDS,
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(RESULT, result)
 
 
 def load(path: Path) -> ModuleType:

@@ -13,10 +13,8 @@ kernels keep is a cache of at most 256 MiB: it grows with N² up to that bound, 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
@@ -25,12 +23,13 @@ from torch import Tensor
 
 from fastcl import functional, reference
 from fastcl._bench import nothing_kept
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 from fastcl.testing import CASES, LossCase
 
 from . import dense
+from .record import updated, write
 
 Step = Callable[[], object]
 _BY_LABEL = {case.label: case for case in CASES}
@@ -140,13 +139,15 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure everything and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.family", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", default="512,2048,8192")
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rows", default="512,2048,8192", help="sizes N, with commas (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least; small sizes take more")
-    parser.add_argument("--limit-gb", type=float, default=6.0)
+    parser.add_argument(
+        "--limit-gb", type=float, default=6.0, help="skip what would need more memory (default: %(default)s)"
+    )
     parser.add_argument("--limit-seconds", type=float, default=20.0, help="of one call")
     parser.add_argument("--losses", default="", help="only labels that contain one of these, separated by commas")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--update", help="results of a whole run, of which the rows measured now take the place")
     args = parser.parse_args()
     sizes = sorted(map(int, args.rows.split(",")))
@@ -163,32 +164,18 @@ def main() -> None:
     found = findings(rows)
     print("\n".join(found or ["nothing refutes the claims"]))
     result = {
-        "command": f"python -m benchmarks.family --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
-        f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
-        + (f" --losses {args.losses}" if args.losses else ""),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(
+            f"python -m benchmarks.family --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
+            f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
+            + (f" --losses {args.losses}" if args.losses else "")
+        ),
         "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": torch.get_num_threads()},
         "rows": rows,
         "findings": found,
     }
     if args.update:
-        result = updated(args.update, result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-
-
-def updated(file: str, now: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results with the rows of ``now`` in their places, and a note which command and commit those are of."""
-    with open(file, encoding="utf-8") as source:
-        earlier: dict[str, Any] = json.load(source)
-    new = {(row["loss"], row["size"]): row for row in now["rows"]}
-    rows = [new.get((row["loss"], row["size"]), row) for row in earlier["rows"]]
-    updates = [*earlier.get("updates", []), {name: now[name] for name in ("command", "commit", "date")}]
-    return {**earlier, "rows": rows, "findings": findings(rows), "updates": updates}
+        result = updated(args.update, result, ("loss", "size"), findings)
+    write(args.json, result)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -13,11 +13,10 @@ twice: at a learning rate where they tell something about the loss, and at the r
 
 from __future__ import annotations
 
+import argparse
 import csv
-import json
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,10 +26,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fastcl import reference
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl.trainer import TrainConfig, probe, train
 from fastcl.trainer.errors import MissingData
 from fastcl.trainer.methods import METHODS, SimCLR
+
+from .record import write
 
 STEPS, COMPARED = 1000, 100
 SETTINGS: dict[str, Any] = {
@@ -65,7 +66,10 @@ def small_resnet() -> nn.Module:
 
 def main() -> int:
     """Run everything, write the result, and return the exit code."""
-    measured_at = commit()  # before anything is written
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.fashion_mnist", description=__doc__.partition("\n")[0]
+    ).parse_args()
+    head = provenance("python -m benchmarks.fashion_mnist")  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         try:
             whole, _ = _train(Path(folder, "whole"), SimCLR, STEPS)
@@ -84,23 +88,15 @@ def main() -> int:
         ),
         "less memory than the dense loss": whole["loss_peak_bytes"]["fastcl"] < whole["loss_peak_bytes"]["dense"],
     }
-    RESULT.write_text(
-        json.dumps(
-            {
-                "command": "python -m benchmarks.fashion_mnist",
-                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": measured_at,
-                "versions": versions(),
-                "machine": {"device": cpu_model(), "threads": whole["threads"]},
-                "checks": checks,
-                "run": whole,
-                "gentle": gentle,
-                "own": own,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    result = {
+        **head,
+        "machine": {"device": cpu_model(), "threads": whole["threads"]},
+        "checks": checks,
+        "run": whole,
+        "gentle": gentle,
+        "own": own,
+    }
+    write(RESULT, result)
     print(f"few10 {few10}, {whole['seconds']:.0f} s; gentle {gentle}; own {own}")
     for what, ok in checks.items():
         print(f"{'pass' if ok else 'FAIL'}  {what}")

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,12 +32,13 @@ import torch
 from torch import Tensor
 
 from fastcl import _selftest, backends, pairwise, use_backend
-from fastcl._info import commit, versions
+from fastcl._info import provenance
 from fastcl._measure import graphed, peak_bytes
 from fastcl._peers import QUEUE, package_versions, problem
 from fastcl.backends import _cuda, triton
 
 from . import ledger, predict, roofline
+from .record import write
 
 Step = Callable[[], object]
 DEVICE = torch.device("cuda")
@@ -253,10 +253,16 @@ def _of_goal(row: dict[str, Any], gpu: str) -> float | None:
 def main() -> None:
     """Measure shape after shape until the time is over, and write after each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="the record; rows of the same kernels that it has are kept"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="after which no other shape is begun (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the rows, with commas (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile kernels first")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     args = parser.parse_args()
@@ -298,18 +304,17 @@ def main() -> None:
             for name, digest in hashes.items()
         }
         result = {
-            "command": f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}"
-            + " --no-compile" * args.no_compile,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "versions": versions(),
+            **provenance(
+                f"python -m benchmarks.gpu --dtypes {args.dtypes} --rounds {args.rounds}"
+                + " --no-compile" * args.no_compile
+            ),
             "machine": machine,
             "peers": package_versions(),
             "kernels": kernels,
             "selftest_passed": selftest["passed"],
             "rows": rows,
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(args.json, result)
     left = len(SHAPES) * len(args.dtypes.split(",")) - len({_key(r) for r in rows})
     print(f"{left} shapes left: run it again" if left > 0 else "complete")
 

@@ -11,9 +11,7 @@ installed. ``apart`` is the distance of the encoder's gradient from the plain st
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import cached_loss, functional
-from fastcl._info import commit, cpu_model, versions
+from fastcl._bench import nothing_kept
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import interleaved_seconds, median_ratio, peak_bytes
 
 from .dropins import missing, original, upstream_version
-from .family import nothing_kept
+from .record import write
 
 CHUNK = 64
 ROWS = (512, 4096)
@@ -125,8 +124,10 @@ def measure(build: Callable[[int], tuple[nn.Module, dict[str, Step]]], n: int, r
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grad_cache", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="steps of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     builds = [images, *([] if missing("sentence_transformers") else [texts])]
@@ -142,16 +143,13 @@ def main() -> None:
                 )
     if args.json:
         result = {
-            "command": f"python -m benchmarks.grad_cache --rounds {args.rounds}",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "versions": versions(),
+            **provenance(f"python -m benchmarks.grad_cache --rounds {args.rounds}"),
             "peers": {name: upstream_version(name) for name in ("grad_cache", "sentence_transformers")},
             "machine": {"device": cpu_model(), "threads": torch.get_num_threads()},
             "chunk": CHUNK,
             "rows": rows,
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def milliseconds(rounds: int) -> list[float]:
 def main() -> int:
     """1 if the median is above the limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.imports", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="processes that import it (default: %(default)s)")
     taken = milliseconds(parser.parse_args().rounds)
     found = f"{median(taken):.1f} ms ({taken[0]:.1f} to {taken[-1]:.1f})"
     print(f"import fastcl after import torch: {found}, at most {LIMIT:.0f} are meant")

@@ -28,10 +28,10 @@ def _step(task: Problem, backend: str) -> object:
 def main() -> None:
     """A block per shape and backend; the longest kernels first."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=20, help="steps that are averaged (default: %(default)s)")
+    parser.add_argument("--dtypes", default="bfloat16", help="of the rows, with commas (default: %(default)s)")
     parser.add_argument("--shapes", type=int, default=9, help="how many of those of benchmarks.gpu")
-    parser.add_argument("--backends", default=",".join(KERNELS))
+    parser.add_argument("--backends", default=",".join(KERNELS), help="with commas (default: %(default)s)")
     args = parser.parse_args()
     for dtype in args.dtypes.split(","):
         for loss, n, columns, d in SHAPES[: args.shapes]:

@@ -22,12 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from . import roofline
+from .record import write
 from .roofline import bound_seconds, phases
 
 AOT = Path(__file__).parent / "results" / "aot.json"
@@ -171,10 +171,10 @@ def predictions() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print a line per shape and kernel, and write them."""
-    from fastcl._info import commit
+    from fastcl._info import provenance
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the predictions here")
     args = parser.parse_args()
     rows = predictions()
     for row in rows:
@@ -185,14 +185,12 @@ def main() -> None:
             print(f"    {k['name']:<9}{k['low'] * 1e6:>9,.1f} to {k['high'] * 1e6:>9,.1f} us  {k['limit']}")
     if args.json:
         result = {
-            "command": "python -m benchmarks.predict --json benchmarks/results/predicted-h200.json",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit(),
+            **provenance("python -m benchmarks.predict --json benchmarks/results/predicted-h200.json"),
             "measured": False,
             "gpu": GPU.name,
             "rows": rows,
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(args.json, result)
 
 
 if __name__ == "__main__":

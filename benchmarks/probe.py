@@ -113,7 +113,7 @@ def _child(pipe: Any, case: tuple[str, torch.dtype, int, int]) -> None:
 def main() -> None:
     """A line per case, as they end; how many were not right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=4, help="processes at once (default: %(default)s)")
     workers = parser.parse_args().workers
     context = mp.get_context("fork")  # importing torch takes longer than a case
     waiting, running, failed = cases(), list[Any](), 0

@@ -16,11 +16,9 @@ lightly, pytorch-metric-learning, and GradCache and Inf-CL's ring where ``$FASTC
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,15 +29,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fastcl import functional
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import interleaved_seconds, peak_bytes
 from fastcl.distributed import Ranks, Wire, bytes_sent, evaluate, gathered
 
-from .dropins import LIBRARIES, clone, missing, original, upstream_version
+from .dropins import clone, missing, original, upstream_version
+from .record import write
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows, their partners, and a scale
 EXACT_ROWS = 5
-FACTOR_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+COMPARED = ("lightly", "pytorch_metric_learning", "open_clip", "grad_cache", "inf_cl")
 
 
 @dataclass(frozen=True)
@@ -216,10 +215,12 @@ def measure(contenders: list[Contender], n: int, d: int, dtype: torch.dtype, dev
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1024, help="of every rank")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the rows (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="calls of each contender, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -259,19 +260,18 @@ def main() -> None:
             print(_line(row), flush=True)
         if args.json:
             result = {
-                "command": f"torchrun --nproc-per-node {world} -m benchmarks.ranks --rows {args.rows} --dim {args.dim}"
-                f" --dtype {args.dtype} --rounds {args.rounds}",
-                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": commit(),
-                "versions": versions(),
-                "peers": {name: upstream_version(name) for name in LIBRARIES if not missing(name)},
+                **provenance(
+                    f"torchrun --nproc-per-node {world} -m benchmarks.ranks --rows {args.rows} --dim {args.dim}"
+                    f" --dtype {args.dtype} --rounds {args.rounds}"
+                ),
+                "peers": {name: upstream_version(name) for name in COMPARED if not missing(name)},
                 "machine": {
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
                     "ranks": world, "threads": torch.get_num_threads(),
                 },
                 "rows": rows,
             }  # fmt: skip
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(args.json, result)
     dist.destroy_process_group()
 
 

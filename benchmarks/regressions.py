@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .record import write
+
 BASELINE = Path(__file__).parent / "results" / "losses-cpu.json"
 EAGER = "dense"
 _NOT_OURS = (EAGER, "cross-entropy")  # whose changes are torch's
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     run = json.loads(args.run.read_text(encoding="utf-8"))
     now = ratios(run)
     if args.store:
-        args.baseline.write_text(json.dumps({**_provenance(run), **now}, indent=1) + "\n", encoding="utf-8")
+        write(args.baseline, {**_provenance(run), **now})
         print(f"{len(now['rows'])} rows stored in {args.baseline}")
         return 0
     lines, good = report(json.loads(args.baseline.read_text(encoding="utf-8")), now)

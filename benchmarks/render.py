@@ -251,8 +251,10 @@ def aot(result: dict[str, Any]) -> str:
         ]
         for (arch, dtype, is_cuda), group in groups.items()
     ]
-    for failure in result["not_compiled"]:
-        rows.append([f"sm_{failure['arch']}", failure["dtype"], f"not compiled: {failure['reason']}", *[""] * 6])
+    rows += [
+        [f"sm_{failure['arch']}", failure["dtype"], f"not compiled: {failure['reason']}", *[""] * 6]
+        for failure in result["not_compiled"]
+    ]
     head = ["GPU", "rows", "kernels", "registers", "bytes spilled", "KiB shared", "products", "wide loads"]
     head.append("instructions")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -295,7 +297,8 @@ def examples(result: dict[str, Any]) -> str:
             first = [name, f"{run['cpu_seconds']:.1f}"] if not i else ["", ""]
             rows.append([*first, f"`{figure}`", *(_digits(figures[figure]) for figures in run["figures"])])
     head = ["example", "CPU s", "figure", *(f"seed {seed}" for seed in result["seeds"])]
-    return f"{markdown(head, rows)}\n\n{_measured(result)} All but `scale` are shares; CPU seconds are of one run."
+    note = "Figures of detection are losses, `scale` is a factor, all others are shares; CPU seconds are of one run."
+    return f"{markdown(head, rows)}\n\n{_measured(result)} {note}"
 
 
 def dropins(result: dict[str, Any]) -> str:
@@ -375,7 +378,7 @@ def gradients(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     head = ["loss", "over ranks", "gradient of the encoder, times", "gradient of the scale, times"]
-    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version[0].isdigit())
     return f"{markdown(head, rows)}\n\n{_measured(result)} {result['machine']['ranks']} ranks; {peers}."
 
 

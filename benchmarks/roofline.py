@@ -126,9 +126,9 @@ def fraction(row: Mapping[str, Any], device: str, ceilings: Mapping[str, float])
 def main() -> None:
     """Print the table of bounds, or of the fractions reached."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.partition("\n")[0])
-    parser.add_argument("--gpu", default="H200", choices=GPUS)
-    parser.add_argument("--dtype", default="bfloat16", choices=ELEMENT_BYTES)
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--gpu", default="H200", choices=GPUS, help="whose data sheet counts (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=ELEMENT_BYTES, help="of the rows (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="a record of benchmarks.gpu: the fractions that were reached")
     args = parser.parse_args()
     if args.results:
         result = json.loads(args.results.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """Every loss once, forward and backward, on small odd sizes: what ``make gpu-test`` runs under compute-sanitizer.
 
-``python -m benchmarks.sanitized native`` leaves Triton's kernels out, whose compilation is slow under it.
+python -m benchmarks.sanitized native      leaves Triton's kernels out, whose compilation is slow under it
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -16,7 +16,9 @@ from fastcl.testing import HOT
 
 def main() -> None:
     """Run them; the sanitizer judges."""
-    backends = sys.argv[1:] or ["triton", "native"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitized", description=__doc__.partition("\n")[0])
+    parser.add_argument("backends", nargs="*", default=["triton", "native"], help="which (default: %(default)s)")
+    backends = parser.parse_args().backends
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if "triton" in backends:
             _triton(dtype)

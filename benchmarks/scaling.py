@@ -20,11 +20,10 @@ forward visits half of them, and of two sets the gradients of a block travel beh
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
+from .record import write
 from .roofline import GPUS
 
 EFFICIENCY = 0.6
@@ -113,15 +112,12 @@ def steps() -> list[Step]:
     ]  # fmt: skip
 
 
-def winner(both: list[Step]) -> str:
-    """The faster of the two that fit."""
-    return min((step for step in both if step.stored_bytes < MEMORY / 2), key=lambda step: step.seconds).strategy
-
-
 def main() -> None:
     """Print the table, and write it."""
+    from fastcl._info import provenance
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
     found = steps()
     for step in found:
@@ -133,8 +129,7 @@ def main() -> None:
         )
     if args.json:
         result = {
-            "command": "python -m benchmarks.scaling --json benchmarks/results/scaling.json",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            **provenance("python -m benchmarks.scaling --json benchmarks/results/scaling.json"),
             "measured": False,
             "assumptions": {
                 "gpu": GPUS["H200"].name, "efficiency": EFFICIENCY, "nvlink": NVLINK, "network": NETWORK,
@@ -142,7 +137,7 @@ def main() -> None:
             },
             "rows": [asdict(step) for step in found],
         }  # fmt: skip
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from . import functional, reference
 from ._checks import choice, sentence
-from ._info import commit, cpu_model, versions
+from ._info import cpu_model, provenance
 from ._measure import interleaved_seconds, median_ratio, peak_bytes
-from .backends import available_backends, native, use_backend, why_not
+from .backends import NAMES, available_backends, native, use_backend, why_not
 from .testing import CASES, LossCase
 
 # The contenders that store the matrix, and how many of its size live at once, rounded up.
@@ -70,8 +70,8 @@ def run(settings: Settings, progress: Callable[[str], None] = print) -> dict[str
         "threads": torch.get_num_threads(),
     }
     progress(
-        f"{settings.loss}, forward + backward, D = {settings.dim}, {settings.dtype} on {device} ({machine['device']}), "
-        f"{machine['threads']} CPU thread(s), {settings.rounds} rounds"
+        f"{settings.loss}, forward + backward, D = {settings.dim}, {settings.dtype} on {device}: {where(machine)}, "
+        f"{settings.rounds} rounds"
     )
     progress(_HEAD)
     rows = []
@@ -131,10 +131,22 @@ def plot(result: dict[str, Any], file: str) -> None:
     """
     settings, machine = result["settings"], result["machine"]
     title = f"{settings['loss']}, D = {settings['dim']}, {settings['dtype']}, {where(machine)}"
-    time_and_memory(result["rows"], title, lambda name: name in DENSE).savefig(file, format="png", dpi=120)
+    looks = looks_of(row["contender"] for row in result["rows"])
+    time_and_memory(result["rows"], title, looks).savefig(file, format="png", dpi=120)
 
 
-def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[str], bool]) -> Any:
+def looks_of(contenders: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and line of each contender: backends of fastcl look the same in every picture, others are dashed."""
+    ours = dict(zip(NAMES, ("tab:green", "tab:red", "tab:purple"), strict=True))
+    others = cycle(("tab:blue", "tab:orange", "tab:brown", "tab:pink", "tab:gray", "tab:olive", "tab:cyan"))
+    looks = {}
+    for name in dict.fromkeys(contenders):
+        color = ours.get(name.removeprefix("fastcl "))
+        looks[name] = {"color": color or next(others), "linestyle": "-" if color else "--"}
+    return looks
+
+
+def time_and_memory(rows: list[dict[str, Any]], title: str, looks: dict[str, dict[str, str]]) -> Any:
     """A figure of two panels, a line per contender. Raises as ``plot`` does."""
     figure = need_matplotlib().Figure(figsize=(10, 5), layout="constrained")
     panels = (("median_seconds", 1e3, "ms, forward + backward"), ("peak_bytes", 1e-6, "peak memory, MB"))
@@ -142,25 +154,21 @@ def time_and_memory(rows: list[dict[str, Any]], title: str, dashed: Callable[[st
         for name in dict.fromkeys(row["contender"] for row in rows):
             measured = [row for row in rows if row["contender"] == name and row[key] is not None]
             x, y = [row["rows"] for row in measured], [row[key] * unit for row in measured]
-            axes.plot(x, y, "--o" if dashed(name) else "-o", label=name, markersize=4)
+            axes.plot(x, y, marker="o", label=name, markersize=4, **looks[name])
+        sizes = sorted({row["rows"] for row in rows})
         axes.set(xlabel="rows N", ylabel=label, yscale="log")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize="small")
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    legend(figure, axes)
     figure.suptitle(title)
     return figure
 
 
 def about(settings: Any, machine: dict[str, Any]) -> dict[str, Any]:
     """What every result says beside its figures: how to measure the same again, when and on what it was measured."""
-    return {
-        "command": command(settings),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
-        "machine": machine,
-        "settings": asdict(settings),
-    }
+    return {**provenance(command(settings)), "machine": machine, "settings": asdict(settings)}
 
 
 def result_row(keys: Iterable[str], **known: Any) -> dict[str, Any]:
@@ -168,9 +176,16 @@ def result_row(keys: Iterable[str], **known: Any) -> dict[str, Any]:
     return {**dict.fromkeys(keys), **known}
 
 
+def legend(figure: Any, axes: Any) -> None:
+    """Below all panels; lines long enough to see which are dashed."""
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=5, fontsize="small", handlelength=3.5)
+
+
 def where(machine: dict[str, Any]) -> str:
     """The machine of a result, for a title."""
-    return f"{machine['device']}, {machine['threads']} CPU thread(s)"
+    threads = machine["threads"]
+    return f"{machine['device']}, {threads} CPU thread{'s' * (threads != 1)}"
 
 
 def need_matplotlib() -> Any:

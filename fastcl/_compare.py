@@ -26,12 +26,14 @@ from ._bench import (
     at_least_one,
     check_rows,
     device_named,
+    legend,
+    looks_of,
     need_matplotlib,
     nothing_kept,
     result_row,
+    time_and_memory,
     where,
 )
-from ._bench import time_and_memory as figure_of
 from ._checks import choice, sentence
 from ._info import cpu_model
 from ._measure import beyond, interleaved_seconds, median_ratio, nan_last, peak_bytes, relative_error
@@ -319,15 +321,18 @@ def plot(result: dict[str, Any], folder: str) -> None:
     title = f"D = {settings['dim']}, {settings['dtype']}, {where(result['machine'])}"
     for loss in settings["peers"]:
         rows = [row for row in result["rows"] if row["loss"] == loss]
-        figure = figure_of(rows, f"{loss}, {title}", lambda name: not name.startswith(_OURS))
+        errors = [row for row in result["errors"] if row["loss"] == loss]
+        looks = looks_of(row["contender"] for row in (*rows, *errors))
+        looks[ROUNDED] = {"color": "black", "linestyle": ":"}
+        figure = time_and_memory(rows, f"{loss}, {title}", looks)
         figure.savefig(Path(folder, f"{loss}.png"), format="png", dpi=120)
         for dtype in ERROR_DTYPES:
-            chosen = [row for row in result["errors"] if (row["loss"], row["dtype"]) == (loss, dtype)]
-            figure = _errors_figure(chosen, f"{loss}, {dtype} rows, against fp64")
+            chosen = [row for row in errors if row["dtype"] == dtype]
+            figure = _errors_figure(chosen, f"{loss}, {dtype} rows, against fp64", looks)
             figure.savefig(Path(folder, f"{loss}-errors-{dtype}.png"), format="png", dpi=120)
 
 
-def _errors_figure(rows: list[dict[str, Any]], title: str) -> Any:
+def _errors_figure(rows: list[dict[str, Any]], title: str, looks: dict[str, dict[str, str]]) -> Any:
     figure = need_matplotlib().Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for line, (key, label) in zip(panels, (("loss_error", "loss"), ("gradient_error", "gradient")), strict=True):
@@ -335,16 +340,16 @@ def _errors_figure(rows: list[dict[str, Any]], title: str) -> Any:
         for axes, batch in zip(line, BATCHES, strict=True):
             for name in dict.fromkeys(row["contender"] for row in rows):
                 of = [row for row in rows if (row["contender"], row["batch"]) == (name, batch) and row[key]]
-                style = ":" if name == ROUNDED else "-o" if name.startswith(_OURS) else "--o"
-                axes.plot(
-                    [r["temperature"] for r in of], [min(r[key], _DRAWN) for r in of], style, label=name, markersize=4
-                )
-            axes.set(title=f"{batch} batch", ylabel=f"relative error of the {label}", xscale="log", yscale=scale)
+                x, y = [r["temperature"] for r in of], [min(r[key], _DRAWN) for r in of]
+                axes.plot(x, y, marker="" if name == ROUNDED else "o", label=name, markersize=4, **looks[name])
+            axes.set(title=f"{batch} batch", xscale="log", yscale=scale)
+            axes.set_xticks(TEMPERATURES, [f"{tau:g}" for tau in TEMPERATURES])
+            axes.xaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
+        line[0].set(ylabel=f"relative error of the {label}")
     for axes in panels[1]:
         axes.set(xlabel="temperature")
-    names = panels[0][0].get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=5, fontsize="small")
+    legend(figure, panels[0][0])
     figure.suptitle(f"{title}; {_DRAWN:g} stands for more, and what is exact or not finite is not drawn")
     return figure
 

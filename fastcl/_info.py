@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ def commit() -> str | None:
         return subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # no git, or no commit yet
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What every record of a measurement begins with: ``command``, ``date`` (UTC), ``commit`` and ``versions``."""
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"command": command, "date": date, "commit": commit(), "versions": versions()}
 
 
 def devices() -> list[torch.device]:

@@ -20,7 +20,7 @@ from typing import Any
 from . import trainer
 from ._checks import sentence
 from ._version import __version__
-from .trainer import evaluation
+from .trainer import command, evaluation
 from .trainer.errors import TrainError
 
 _STDOUT = "-"
@@ -114,7 +114,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    return trainer.run(args)
+    return command.run(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(execute=_tune)
 
     train = commands.add_parser("train", help="train an encoder on images, and probe it")
-    trainer.add_arguments(train)
+    command.add_arguments(train)
     train.set_defaults(execute=_train)
 
     evaluate = commands.add_parser("evaluate", help="probe the last checkpoint of a run, or fine-tune it")
@@ -251,11 +251,18 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         help=f"which launches (default: {kinds})",
     )
     parser.add_argument(
-        "--dtype", default=default.dtype, choices=("bfloat16", "float16", "float32"), help="of the rows"
+        "--dtype",
+        default=default.dtype,
+        choices=("bfloat16", "float16", "float32"),
+        help="of the rows (default: %(default)s)",
     )
     parser.add_argument("--rows", default=default.rows, type=int, help="of the batch (default: %(default)s)")
-    parser.add_argument("--workers", default=default.workers, type=int, help="processes that compile (%(default)s)")
-    parser.add_argument("--rounds", default=default.rounds, type=int, help="of which the median counts")
+    parser.add_argument(
+        "--workers", default=default.workers, type=int, help="processes that compile (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", default=default.rounds, type=int, help="of which the median counts (default: %(default)s)"
+    )
     parser.set_defaults(device=default.device)
 
 

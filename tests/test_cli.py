@@ -288,7 +288,7 @@ def test_a_mistake_in_training_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     def run(args: object) -> int:
         raise TrainError("got no images; expected some. Give a folder.")
 
-    monkeypatch.setattr(cli.trainer, "run", run)
+    monkeypatch.setattr(cli.command, "run", run)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "fastcl train: got no images; expected some. Give a folder.\n"
 

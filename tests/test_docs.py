@@ -114,6 +114,18 @@ def test_tables_are_those_of_the_committed_measurements() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_benchmark_has_a_line_that_says_how_to_run_it() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text()
+    programs = [
+        file
+        for file in [*ROOT.glob("benchmarks/*.py"), ROOT / "benchmarks/dropins/__main__.py"]
+        if '__name__ == "__main__"' in file.read_text()
+    ]
+    names = {"dropins" if file.stem == "__main__" else file.stem for file in programs}
+    assert len(names) >= 20
+    assert {name for name in names if f"-m benchmarks.{name}" not in page} == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import fastcl
+from benchmarks.examples import EXAMPLES, ROOT, load
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 # The figures of detection are losses of detectors and segmentation networks, which have no pairs to shuffle.
 CONTRASTIVE = [example for example in EXAMPLES if example.stem != "detection"]
 STEPS = {"recommender": 200, "detection": 6}
@@ -75,14 +72,6 @@ def shuffled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 def main_of(example: Path) -> Callable[..., dict[str, float]]:
     main: Callable[..., dict[str, float]] = load(example).main
     return main
-
-
-def load(example: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{example.stem}", example)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ memory of ours is measured with nothing kept for the backward, for what native k
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import datetime, timezone
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 import torch
 
 from fastcl._bench import nothing_kept
-from fastcl._info import commit, cpu_model, versions
+from fastcl._info import cpu_model, provenance
 from fastcl._measure import beyond, interleaved_seconds, median_ratio, peak_bytes
 from fastcl.backends import native
 
+from ..record import updated, write
 from . import LIBRARIES, Case, Draw, backward, cases, missing, upstream_version
 
 PARITY = [(5, 3), (17, 40), (61, 16), (130, 7), (33, 64)]  # n, d; each with several seeds
@@ -89,14 +88,19 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__)
-    parser.add_argument("--rows", default="512,2048,8192")
-    parser.add_argument("--dim", type=int, default=128)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", default="512,2048,8192", help="sizes N, with commas (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="features (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least; small sizes take more")
-    parser.add_argument("--limit-gb", type=float, default=6.0)
+    parser.add_argument(
+        "--limit-gb",
+        type=float,
+        default=6.0,
+        help="skip an original that would need more memory (default: %(default)s)",
+    )
     parser.add_argument("--limit-seconds", type=float, default=12.0, help="of one call of the original")
     parser.add_argument("--cases", default="", help="only 'library label' that contain one of these, comma-separated")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="write the record here")
     parser.add_argument("--update", help="results of a whole run, of which the cases measured now take the place")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,12 +130,11 @@ def main() -> None:
     found = findings(rows)
     print("\n".join([*absent.values(), *(found or ["nothing refutes the claims"])]))
     result = {
-        "command": f"python -m benchmarks.dropins --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
-        f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
-        + (f" --cases '{args.cases}'" if args.cases else ""),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(
+            f"python -m benchmarks.dropins --rows {args.rows} --dim {args.dim} --rounds {args.rounds}"
+            f" --limit-gb {args.limit_gb:g} --limit-seconds {args.limit_seconds:g}"
+            + (f" --cases '{args.cases}'" if args.cases else "")
+        ),
         "originals": {name: upstream_version(name) for name in LIBRARIES if name not in absent},
         "absent": absent,
         "machine": {"device": cpu_model(), "instructions": native.isa(), "threads": torch.get_num_threads()},
@@ -139,21 +142,8 @@ def main() -> None:
         "findings": found,
     }
     if args.update:
-        result = updated(args.update, result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-
-
-def updated(file: str, now: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results with the cases of ``now`` in their places, and a note which command and commit those are of."""
-    with open(file, encoding="utf-8") as source:
-        earlier: dict[str, Any] = json.load(source)
-    new = {(row["library"], row["label"]): row for row in now["rows"]}
-    rows = [new.get((row["library"], row["label"]), row) for row in earlier["rows"]]
-    updates = [*earlier.get("updates", []), {name: now[name] for name in ("command", "commit", "date")}]
-    return {**earlier, "rows": rows, "findings": findings(rows), "updates": updates}
+        result = updated(args.update, result, ("library", "label"), findings)
+    write(args.json, result)
 
 
 def _line(size: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def fit(model: nn.Module, data: Any, steps: int, batch: int = 2) -> tuple[float,
 
 
 def main(
-    steps: int = 12, seed: int = 0, encoder: str | None = None, coco: str | None = None, city: str | None = None
+    steps: int = 12, seed: int = 0, encoder: str | None = None, coco: str | None = None, cityscapes: str | None = None
 ) -> dict[str, float]:
     """Train the four networks for a few steps; ``before`` and ``after`` are the means of their losses."""
     torch.manual_seed(seed)
@@ -103,7 +103,7 @@ def main(
                 data: Any = CocoImages(coco or root / "coco", masks=name == "mask_rcnn")
                 model = downstream.detection_model(encoder, len(data.classes), masks=name == "mask_rcnn", **options)
             else:
-                data = downstream.cityscapes(city or root / "city")
+                data = downstream.cityscapes(cityscapes or root / "city")
                 model = downstream.segmentation_model(encoder, CITYSCAPES_CLASSES, head=name)
             figures[f"{name}_before"], figures[f"{name}_after"] = fit(model, data, steps)
     means = {when: sum(v for name, v in figures.items() if name.endswith(when)) / 4 for when in ("before", "after")}
@@ -111,7 +111,7 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for flag in ("--encoder", "--coco", "--cityscapes"):
         parser.add_argument(flag)
     parser.add_argument("--steps", type=int, default=12)

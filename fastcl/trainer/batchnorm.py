@@ -10,57 +10,52 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..distributed import Ranks, shuffle_batch
 
 
 class SplitBatchNorm(_BatchNorm):
-    """A BatchNorm that normalises equal parts of the batch each on its own, in training.
+    """What :func:`split_batchnorm` makes of a layer: in training, equal parts of the batch are normalised each alone.
 
     The running statistics move to the mean over the parts of theirs, where GPUs that share nothing would keep those of
-    the first part. The state dict is that of the layer in whose place it stands, and in evaluation so is what it does.
+    the first part. In evaluation it is the layer that it was.
 
-    Args:
-        layer: in whose place it stands; parameters and buffers are those of the layer itself.
+    Attributes:
         splits: parts, each of consecutive rows.
     """
 
-    def __init__(self, layer: _BatchNorm, splits: int) -> None:
-        super().__init__(layer.num_features, layer.eps, layer.momentum)
-        assert layer.affine and layer.track_running_stats and layer.momentum is not None  # as all encoders' have it
-        self.splits = splits
-        self.weight, self.bias = layer.weight, layer.bias
-        self.running_mean, self.running_var = layer.running_mean, layer.running_var
-        self.num_batches_tracked = layer.num_batches_tracked
-        self.train(layer.training)
+    splits: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(B, C, ...)`` to the same shape."""
+        """``(B, C, ...)`` to the same shape, where the layer keeps it."""
         if not self.training:
             return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        means, variances = (b.repeat(self.splits, 1) for b in (self.running_mean, self.running_var))
-        parts = zip(input.tensor_split(self.splits), means, variances, strict=True)
-        normalised = [batch_norm(*part, self.weight, self.bias, True, self.momentum, self.eps) for part in parts]
-        with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+        own = dict(self.named_buffers(recurse=False))  # none in a layer without running statistics
+        normalised, after = [], []
+        for part in input.tensor_split(self.splits):
+            # Copies, not the buffers in place: the backward of a part looks at those that it was given.
+            for name, buffer in own.items():
+                setattr(self, name, buffer.clone())
+            normalised.append(super().forward(part))
+            after.append([getattr(self, name) for name in own])
+        for (name, buffer), of_parts in zip(own.items(), zip(*after, strict=True), strict=True):
+            # The one that is not floating point counts batches, and every part has counted this one.
+            buffer.copy_(torch.stack(of_parts).mean(0) if buffer.is_floating_point() else of_parts[0])
+            setattr(self, name, buffer)
         return torch.cat(normalised)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """One class for vectors and for images."""
 
 
 def split_batchnorm(network: nn.Module, splits: int) -> None:
-    """Put a :class:`SplitBatchNorm` in the place of every BatchNorm inside ``network``."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, SplitBatchNorm(child, splits))
+    """Every BatchNorm in ``network`` becomes a :class:`SplitBatchNorm` of its own kind, with what it holds.
+
+    The layer itself changes its class, so that parameters, buffers, hooks and what a subclass adds (timm's have an
+    activation inside) stay where they are, and the state dict is that of the plain network.
+    """
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            kind = type(layer)
+            layer.__class__ = type(f"Split{kind.__name__}", (SplitBatchNorm, kind), {"splits": splits})
 
 
 @torch.compiler.disable

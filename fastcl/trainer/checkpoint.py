@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .errors import TrainError
 
-FORMAT = 3  # 2: a digest; 3: views by image, the shape of the images, and which of them are broken
+# 2: a digest; 3: views by image, the shape of the images, and which of them are broken; 4: all pixels tell data apart
+FORMAT = 4
+CHECKPOINT = "checkpoint.pt"  # in the folder of a run
 _SHOWN = 300  # characters of what differs
 
 
@@ -79,6 +81,12 @@ def load_checkpoint(path: Path, *, repair: bool = True) -> dict[str, Any]:
         os.replace(path, aside)
         print(f"warning: {error} It is now {aside.name}; {previous.name} is used in its place.", file=sys.stderr)
         return state
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has come to one, so that it can go on."""
+    path = folder / CHECKPOINT
+    return path.is_file() or _previous(path).is_file()
 
 
 def restore(network: nn.Module, weights: Mapping[str, Any], source: Path | str) -> None:

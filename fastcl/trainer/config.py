@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from .errors import TrainError
 
 
-def _option(default: Any, help: str, *choices: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices or None})
+def _option(default: Any, help: str, *choices: str, least: int | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices or None, "least": least})
 
 
 MULTI_CROP = ("simclr", "supcon", "triplet", "byol", "simsiam")  # methods that take more than two views
@@ -50,11 +52,11 @@ class TrainConfig:
         "idx",
         "given",
     )
-    data_dir: str | None = _option(None, "folder of the data set (digits needs none)")
+    data_dir: str | None = _option(None, "folder of the data set; digits come with fastcl")
     download: bool = _option(False, "let torchvision download cifar10 or stl10 into --data-dir")
-    image_size: int = _option(224, "pixels per side of imagefolder, imagenet and shards images")
+    image_size: int = _option(224, "pixels per side of imagefolder, imagenet and shards images", least=8)
     decode_threads: int | None = _option(
-        None, "threads that decode those images (default: as many as cores and 4); results are the same"
+        None, "threads that decode those images (default: as many as cores and 4); results are the same", least=1
     )
     max_corrupt: float = _option(
         0.05,
@@ -62,9 +64,11 @@ class TrainConfig:
         "skipped_images.json lists them",
     )
     local_crops: int = _option(
-        0, f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}"
+        0,
+        f"small views of a small part of every image, beside the two (SwAV's multi-crop): {', '.join(MULTI_CROP)}",
+        least=0,
     )
-    local_size: int | None = _option(None, "pixels per side of those (default: 3/7 of the image's)")
+    local_size: int | None = _option(None, "pixels per side of those (default: 3/7 of the image's)", least=1)
     encoder: str | None = _option(
         None,
         "network: conv; a classification network of torchvision, as resnet50, vit_b_16 or efficientnet_b0; timm:NAME; "
@@ -85,24 +89,29 @@ class TrainConfig:
         "mlp",
         "linear",
     )
-    head_layers: int = _option(2, "linear layers of an mlp head; moco-v3 has 3 for ViTs")
+    head_layers: int = _option(2, "linear layers of an mlp head; moco-v3 has 3 for ViTs", least=2)
     predictor_norm: bool = _option(False, "moco-v3: BatchNorm after the predictor too, as it has for ViTs")
-    dim: int = _option(64, "features that the loss sees")
+    dim: int = _option(64, "features that the loss sees", least=1)
     hidden: int | None = _option(
-        None, "width of the hidden layers of heads (default: of the features; with BatchNorm at least twice --dim)"
+        None,
+        "width of the hidden layers of heads (default: of the features; with BatchNorm at least twice --dim)",
+        least=1,
     )
     init: str | None = _option(
         None, "where the encoder starts: torchvision:NAME, timm:NAME, or a file of fastcl export"
     )
-    steps: int = _option(900, "optimizer steps")
-    batch_size: int = _option(256, "images per step; each gives two views")
+    steps: int = _option(900, "optimizer steps", least=1)
+    batch_size: int = _option(256, "images per step; each gives two views", least=2)
     chunk: int | None = _option(
-        None, "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk"
+        None,
+        "images whose activations are held at once, for a --batch-size beyond memory; BatchNorm sees a chunk",
+        least=2,
     )
     accumulate: int = _option(
         1,
         "micro-batches that --batch-size is cut into, whose gradients are added: negatives then come from one of them "
         "only, and BatchNorm sees one; --chunk saves as much memory and keeps all negatives",
+        least=1,
     )
     precision: str = _option(
         "fp32", "of the encoder and heads, by autocast; fp16 scales its gradients", "fp32", "bf16", "fp16"
@@ -115,7 +124,9 @@ class TrainConfig:
         False, "BatchNorm over the rows of all ranks (of torchrun, on GPUs); else each sees its own"
     )
     bn_splits: int = _option(
-        1, "moco: equal parts of a batch that BatchNorm sees one by one, as so many GPUs would; keys are shuffled then"
+        1,
+        "moco: equal parts of a batch that BatchNorm sees one by one, as so many GPUs would; keys are shuffled then",
+        least=1,
     )
     learning_rate: float = _option(3e-3, "peak learning rate, before --lr-scaling")
     lr_scaling: str = _option(
@@ -128,7 +139,7 @@ class TrainConfig:
         "steps",
     )
     warmup_steps: int | None = _option(
-        None, "steps of linear warm-up of the learning rate (default: a twentieth of all, at least 1)"
+        None, "steps of linear warm-up of the learning rate (default: a twentieth of all, at least 1)", least=0
     )
     weight_decay: float = _option(1e-4, "weight decay: decoupled for adamw, added to the gradient for sgd and lars")
     exclude_norm_bias: bool = _option(
@@ -140,10 +151,10 @@ class TrainConfig:
     margin: float | None = _option(
         None, "siamese: in distances (default: 1), triplet: in squared distances (default: 0.2) of unit vectors"
     )
-    queue_size: int = _option(1024, "moco: keys in the queue")
-    text_width: int = _option(64, "clip: features of the text encoder, a multiple of 32")
-    text_layers: int = _option(2, "clip: layers of the text encoder")
-    text_context: int = _option(64, "clip: bytes of a caption that are read, with a begin and an end")
+    queue_size: int = _option(1024, "moco: keys in the queue", least=1)
+    text_width: int = _option(64, "clip: features of the text encoder, a multiple of 32", least=1)
+    text_layers: int = _option(2, "clip: layers of the text encoder", least=1)
+    text_context: int = _option(64, "clip: bytes of a caption that are read, with a begin and an end", least=3)
     momentum: float = _option(0.99, "moco, moco-v3, byol: how much of the slowly moving encoder a step keeps")
     momentum_schedule: str = _option(
         "constant", "of --momentum: constant, or cosine, which ends at 1 (BYOL)", "constant", "cosine"
@@ -159,9 +170,9 @@ class TrainConfig:
     seed: int = _option(0, "of the weights, the order of the images and their views")
     output: str | None = _option(None, "run folder (default: runs/METHOD-DATA-seedSEED)")
     overwrite: bool = _option(False, "replace the run that is in the folder")
-    checkpoint_every: int = _option(100, "steps between checkpoints")
-    probe_every: int = _option(100, "steps between probes of the encoder, for the curves")
-    threads: int | None = _option(None, "torch threads (default: half of the cores, at most 8)")
+    checkpoint_every: int = _option(100, "steps between checkpoints", least=1)
+    probe_every: int = _option(100, "steps between probes of the encoder, for the curves", least=1)
+    threads: int | None = _option(None, "torch threads (default: half of the cores, at most 8)", least=1)
     device: str = _option("cpu", "where to train: cpu or cuda")
 
     def resolved(self) -> TrainConfig:
@@ -179,36 +190,9 @@ class TrainConfig:
                 raise TrainError(f"got {f.name} = {value!r}; expected {expected}. Give one.")
             if choices and value is not None and value not in choices:
                 raise TrainError(f"got {f.name} = {value!r}; expected one of {', '.join(choices)}. Choose one.")
-        least = {
-            "batch_size": 2, "chunk": 2, "head_layers": 2, "image_size": 8, "warmup_steps": 0, "local_crops": 0,
-            "text_context": 3,
-        }  # fmt: skip
-        counts = (
-            "steps",
-            "warmup_steps",
-            "batch_size",
-            "chunk",
-            "accumulate",
-            "local_crops",
-            "local_size",
-            "queue_size",
-            "dim",
-            "head_layers",
-            "hidden",
-            "image_size",
-            "checkpoint_every",
-            "probe_every",
-            "threads",
-            "decode_threads",
-            "bn_splits",
-            "text_width",
-            "text_layers",
-            "text_context",
-        )
-        for name in counts:
-            value, low = getattr(self, name), least.get(name, 1)
-            if value is not None and value < low:
-                raise TrainError(f"got {name} = {value}; expected {low} or more. Choose a larger number.")
+            least = f.metadata["least"]
+            if least is not None and value is not None and value < least:
+                raise TrainError(f"got {f.name} = {value}; expected {least} or more. Choose a larger number.")
         if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
             raise TrainError(
                 f"got accumulate = {self.accumulate} for a batch size of {self.batch_size}; expected equal "
@@ -259,3 +243,37 @@ class TrainConfig:
         control = f"-{self.control}" if self.control else ""
         output = self.output or f"runs/{self.method}-{self.data}-seed{self.seed}{control}"
         return replace(self, threads=threads, output=output)
+
+
+# Groups of ``fastcl train --help``: from which field on.
+SECTIONS = {
+    "data": "images",
+    "encoder": "network",
+    "steps": "steps, and how weights move",
+    "temperature": "the loss, and what some methods have beside it",
+    "control": "the run",
+}
+
+
+def load_config(file: Path | str, **settings: Any) -> TrainConfig:
+    """The settings in the ``config.json`` of a run, but for those given.
+
+    A replay leaves the run alone: it goes to a folder beside it, whose name ends in ``-replay``, and overwrites
+    nothing, unless ``output`` and ``overwrite`` are given.
+
+    Raises:
+        TrainError: there is no such file, or it holds something else.
+    """
+    file = Path(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{file} cannot be read ({error}). Give the config.json of a run.") from error
+    names = {f.name for f in fields(TrainConfig)}
+    if not isinstance(found, dict) or not found.keys() <= names:
+        what = f"the settings {', '.join(sorted(found.keys() - names))}" if isinstance(found, dict) else "no settings"
+        raise TrainError(f"got {what} in {file}; expected those of TrainConfig. Give the config.json of a run.")
+    found.pop("overwrite", None)
+    if found.get("output") and Path(found["output"]).resolve() == file.parent.resolve():
+        found["output"] += "-replay"
+    return TrainConfig(**found | settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from .errors import MissingData, MissingPackage, TrainError, need
 from .idx import read_idx
 from .shards import find_shards, samples
 
-_FINGERPRINT = 256  # images of each half, at most, evenly spaced, by which other data are noticed
+_SAMPLE = 256  # images of each half, at most, evenly spaced, by which data are told apart that only ``read`` knows
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Images:
         read: from indices ``(B,)`` to images ``(B, C, H, W)``, fp32, 0 to 1. Equal indices, equal images: no chance.
         captions: what is said of the image that ``read`` gives, N texts, empty for one of which nothing is; None where
             the data set has none.
+        pixels: ``(N, C, H, W)``, of any dtype, what ``read`` reads from; None where the images are not in memory.
     """
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
     captions: Sequence[str] | None = None
+    pixels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,20 +62,31 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of labels, classes and augmentation, and of places of images; in memory, of captions and some images.
+        """SHA-256 of what the data are: other images, or the same in another order, have another one.
 
-        Other images, or the same in another order, have another one, but for a change in few of many images.
+        Of labels, classes and augmentation; of images in memory all pixels and captions; of images in files their
+        places, not what stands there, which would have to be read. Of images that come out of a function of the
+        caller's, at most 256 of each half are read, so a change in a few of many goes unnoticed.
         """
         sha = hashlib.sha256(repr((list(self.classes), self.augmentation)).encode())
         for half in (self.train, self.test):
             sha.update(half.labels.numpy().tobytes())
-            if not self.decoder.parts:
-                count = min(len(half), _FINGERPRINT)
-                images = half.read(torch.arange(count) * len(half) // count).contiguous()
-                sha.update(repr((images.shape, half.captions)).encode() + images.numpy().tobytes())
+            if self.decoder.parts:
+                continue
+            pixels = half.pixels
+            if pixels is None:
+                count = min(len(half), _SAMPLE)
+                pixels = half.read(torch.arange(count) * len(half) // count)
+            sha.update(repr((pixels.shape, pixels.dtype, half.captions)).encode())
+            sha.update(pixels.contiguous().view(-1).view(torch.uint8).numpy().data)
         for part in self.decoder.parts:
             sha.update(repr(part).encode())
         return sha.hexdigest()
+
+    @property
+    def shape(self) -> list[int]:
+        """C, H and W of the images."""
+        return list(self.test.read(torch.tensor([0])).shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: which data these are, and which images were found broken."""
@@ -134,6 +148,11 @@ _DIGITS_SHA256 = "fd8303b917f0385e1829a4503fd6d176a5e64b160214bea244de5f89b18b6e
 
 
 def _digits(config: TrainConfig) -> Data:
+    if config.data_dir is not None:
+        raise MissingData(
+            f"got --data-dir {config.data_dir} for the digits, which come with fastcl; expected --data beside it. Name "
+            "the kind of data, for a folder of images: --data imagefolder"
+        )
     file = resources.files(__package__) / "data" / "digits.bin.gz"
     mend = "The installed package is damaged: reinstall fastcl."
     try:
@@ -147,8 +166,8 @@ def _digits(config: TrainConfig) -> Data:
     images = pixels.view(64, _DIGITS_COUNT).T.reshape(-1, 1, 8, 8)
     train, test = _split(labels)
     return Data(
-        train=_in_memory(images[train], labels[train], peak=16),
-        test=_in_memory(images[test], labels[test], peak=16),
+        train=in_memory(images[train], labels[train], peak=16),
+        test=in_memory(images[test], labels[test], peak=16),
         classes=[str(c) for c in range(10)],
         augmentation=DIGITS,
     )
@@ -166,7 +185,7 @@ def _idx(config: TrainConfig) -> Data:
     if config.data_dir is None:
         raise MissingData("got no folder for --data idx; expected --data-dir PATH. Name that of the four IDX files.")
     train, test = _idx_halves(Path(config.data_dir), "Name their folder with --data-dir.")
-    return Data(train, test, _classes(None, train.labels, test.labels), DIGITS)
+    return Data(train, test, class_names(None, train.labels, test.labels), DIGITS)
 
 
 def _idx_halves(folder: Path, mend: str) -> tuple[Images, Images]:
@@ -178,7 +197,7 @@ def _idx_halves(folder: Path, mend: str) -> tuple[Images, Images]:
                 f"got {len(images)} images and {len(labels)} labels in {folder} ({name}); expected as many of "
                 "one as of the other, and some. Install the files again."
             )
-        return _in_memory(images[:, None], labels.long())
+        return in_memory(images[:, None], labels.long())
 
     return half("train"), half("t10k")
 
@@ -199,14 +218,14 @@ def _torchvision(name: str, train: dict[str, Any], test: dict[str, Any], config:
         if pixels.shape[-1] == 3:  # CIFAR-10 comes as (N, H, W, C), STL-10 as (N, C, H, W)
             pixels = pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.as_tensor(found.targets if hasattr(found, "targets") else found.labels)
-        return _in_memory(pixels, labels.long()), found.classes
+        return in_memory(pixels, labels.long()), found.classes
 
     images, classes = part(train)
     return Data(images, part(test)[0], classes, RGB)
 
 
 def _image_folder(config: TrainConfig) -> Data:
-    """A folder with one folder per class, or with two such folders, ``train/`` and ``val/``, as ImageNet has."""
+    """A folder with one folder per class, or of images without classes; or two such, ``train/`` and ``val/``."""
     if config.data_dir is None:
         raise MissingData(f"got no folder for --data {config.data}; expected --data-dir PATH. Name it.")
     root = Path(config.data_dir)
@@ -220,11 +239,15 @@ def _image_folder(config: TrainConfig) -> Data:
 
     def part(folder: Path) -> tuple[list[str], Tensor, list[str]]:
         try:
+            with os.scandir(folder) as entries:
+                names = None if any(entry.is_dir() for entry in entries) else sorted(os.listdir(folder))
+            if images := [name for name in names or () if name.lower().endswith(sets.folder.IMG_EXTENSIONS)]:
+                return [str(folder / name) for name in images], torch.full((len(images),), -1), []
             found = sets.ImageFolder(folder)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingData(
                 f"got no usable images in {folder} ({str(error).splitlines()[0]}); expected one folder of images per "
-                "class. Name another with --data-dir."
+                "class, or images without classes. Name another with --data-dir."
             ) from error
         return [path for path, _ in found.samples], torch.tensor(found.targets), found.classes
 
@@ -259,14 +282,14 @@ def _shards(config: TrainConfig) -> Data:
     labels = torch.tensor([sample.label for sample in every])
     halves = (torch.arange(len(found[0])), torch.arange(len(found[0]), len(every))) if both else _split(labels)
     names = root / "classes.txt"
-    classes = _classes(names.read_text(encoding="utf-8").splitlines() if names.is_file() else None, labels)
+    classes = class_names(names.read_text(encoding="utf-8").splitlines() if names.is_file() else None, labels)
     captions = [sample.caption for sample in every]
     return _from_files(
         [sample.image for sample in every], labels, halves, classes, config, captions if any(captions) else None
     )
 
 
-def _classes(names: Sequence[str] | None, *labels: Tensor) -> Sequence[str]:
+def class_names(names: Sequence[str] | None, *labels: Tensor) -> Sequence[str]:
     """The names of the classes, or their numbers where there are none."""
     count = max(int(part.max()) for part in labels) + 1
     if names is None:
@@ -276,8 +299,9 @@ def _classes(names: Sequence[str] | None, *labels: Tensor) -> Sequence[str]:
     return names
 
 
-def _in_memory(images: Tensor, labels: Tensor, peak: int = 255) -> Images:
-    return Images(labels, lambda at: images[at].float() / peak)
+def in_memory(images: Tensor, labels: Tensor, peak: int = 255) -> Images:
+    """Images ``(N, C, H, W)`` of 0 to ``peak``, with their labels ``(N,)``."""
+    return Images(labels, lambda at: images[at].float() / peak, pixels=images)
 
 
 def _from_files(

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from . import loop
-from .checkpoint import load_checkpoint, restore, write_json
+from .batches import generator
+from .checkpoint import CHECKPOINT, load_checkpoint, restore, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
+from .loop import build_method
 from .machine import torch_threads, usable_device
 from .models import calibrated, encode
+from .outcome import ROWS
 from .probe import Features, Prober, few_label_probe, knn, linear_probe
-from .report import ROWS
 
 PROBES = ("knn", "linear", "few-label", "fine-tune")
 _COLUMNS = {
@@ -64,7 +65,7 @@ def evaluate(
     if epochs < 1:
         raise TrainError(f"got epochs = {epochs}; expected 1 or more. Choose a larger number.")
     folder = Path(folder)
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / CHECKPOINT)
     config, probes = TrainConfig(**state["config"]), PROBES if probe is None else (probe,)
     with torch_threads(config.threads):
         images = load_data(config, data)
@@ -103,11 +104,11 @@ def fine_tune(encoder: nn.Module, data: Data, config: TrainConfig, epochs: int, 
     batches = len(labelled) // batch_size  # full ones, as in training
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=config.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    generator = loop._generator(config.seed, "fine-tune")
+    order_of = generator(config.seed, "fine-tune")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # of dropout
         for epoch in range(epochs):
-            order = labelled[torch.randperm(len(labelled), generator=generator)]
+            order = labelled[torch.randperm(len(labelled), generator=order_of)]
             for at in order[: batches * batch_size].split(batch_size):
                 images = data.train.read(at).to(device)
                 (view,) = data.augmentation.views(images, at, ("fine-tune", config.seed, epoch), count=1)
@@ -143,10 +144,10 @@ def _accuracies(
     device: torch.device,
     given: nn.Module | None,
 ) -> dict[str, dict[str, Any]]:
-    prober = Prober(data, loop._generator("probe"), everything=True)
+    prober = Prober(data, generator("probe"), everything=True)
     if not prober.labelled:
         raise TrainError(f"got images without labels in {config.data}; expected labels, to probe for. Label some.")
-    method = loop._build(config, data, None, given).to(device)
+    method = build_method(config, data, None, given).to(device)
     random = calibrated(method.encoder, data.train, prober.train_at, device)
     restore(method, state["method"], "the checkpoint")
     accuracy: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from .checkpoint import load_checkpoint, restore, write_atomically
+from .checkpoint import CHECKPOINT, load_checkpoint, restore, write_atomically
 from .config import TrainConfig
 from .encoders import (
     GIVEN,
@@ -79,7 +79,7 @@ def trained_encoder(run: Path | str, *, encoder: nn.Module | None = None) -> tup
     Raises:
         TrainError: there is no checkpoint, it cannot be read, or its weights do not fit the encoder.
     """
-    file = Path(run) / "checkpoint.pt"
+    file = Path(run) / CHECKPOINT
     state = load_checkpoint(file)
     config = TrainConfig(**state["config"])
     prefix = "encoder."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .augment import GREY, RGB, Augmentation
-from .data import Data, Images, _classes, _in_memory
+from .data import Data, Images, class_names, in_memory
 from .errors import MissingData
 
 
@@ -41,7 +41,7 @@ def from_tensors(
     return Data(
         train,
         test,
-        _classes(classes, train.labels, test.labels),
+        class_names(classes, train.labels, test.labels),
         augmentation or (GREY if images.shape[1] == 1 else RGB),
     )
 
@@ -78,4 +78,4 @@ def _checked(prefix: str, images: Tensor, labels: Tensor) -> Images:
         raise MissingData(
             f"got {prefix}labels of {int(labels.min())}; expected 0 or more, or -1 for none. Number them."
         )
-    return _in_memory(images, labels.long(), peak=255 if images.dtype == torch.uint8 else 1)
+    return in_memory(images, labels.long(), peak=255 if images.dtype == torch.uint8 else 1)

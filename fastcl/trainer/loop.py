@@ -1,10 +1,8 @@
-"""The training loop. What is random is a function of (seed, epoch, image), so an interrupted run goes on exactly."""
+"""The training loop: from a config to a finished run, or from its last checkpoint on to the same bits."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
 import math
 from contextlib import ExitStack
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, restore, save_checkpoint
+from .batches import batch_of, generator, images_of
+from .checkpoint import CHECKPOINT, load_checkpoint, restore, save_checkpoint
 from .collapse import monitors
 from .config import TrainConfig
 from .data import Data, load_data
@@ -33,7 +32,6 @@ from .progress import Progress
 from .ranks import Ranks, joined, launched
 from .run_folder import COLUMNS, Records, claim, in_a_row
 from .signals import leave, requests
-from .text import captions, tokens
 
 
 def train(config: TrainConfig, *, data: Data | None = None, encoder: nn.Module | None = None) -> dict[str, Any]:
@@ -75,11 +73,11 @@ def resume(folder: Path | str, *, data: Data | None = None, encoder: nn.Module |
     if (folder / "result.json").exists():
         finished: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return finished
-    state = load_checkpoint(folder / "checkpoint.pt", repair=launched().first)
+    state = load_checkpoint(folder / CHECKPOINT, repair=launched().first)
     config = TrainConfig(**state["config"])
     with joined(config) as ranks:
         if ranks.told(state["step"]) != state["step"]:  # a file that one rank could read and another could not
-            state = load_checkpoint(folder / "checkpoint.pt", repair=False)
+            state = load_checkpoint(folder / CHECKPOINT, repair=False)
         return _run(config, folder, state, ranks, data, encoder)
 
 
@@ -98,9 +96,9 @@ def _run(
     if state is not None:
         data.load_state_dict(state["data"])
     check_labels(config, data)
-    prober = Prober(data, _generator("probe"))
+    prober = Prober(data, generator("probe"))
     with torch_threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        method = _build(config, data, config.init if state is None else None, encoder).to(device)
+        method = build_method(config, data, config.init if state is None else None, encoder).to(device)
         optimizer = build_optimizer(config, method)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         start, seconds, loss_seconds = 0, 0.0, 0.0
@@ -110,7 +108,7 @@ def _run(
         if state is None and ranks.first:
             claim(folder, config)
         if state is not None:
-            restore(method, state["method"], folder / "checkpoint.pt")
+            restore(method, state["method"], folder / CHECKPOINT)
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled():
                 scaler.load_state_dict(state["scaler"])
@@ -120,7 +118,7 @@ def _run(
         parallel = ranks.parallel(method, config)
 
         def images(of_step: int) -> list[int]:
-            at: list[int] = _images(config, data, of_step)[1].tolist()
+            at: list[int] = images_of(config, data, of_step)[1].tolist()
             return at
 
         with ExitStack() as stack:
@@ -132,7 +130,7 @@ def _run(
             how = config.chunk, config.accumulate, config.precision, scaler, parallel, guard
             if ranks.count > 1:
                 guard.rehearsal = True
-                views, labels = _batch(config, data, start + 1, device, ranks.rows(config))
+                views, labels = batch_of(config, data, start + 1, device, ranks.rows(config))
                 _step(method, optimizer, views, labels, device, *how)
             for step in range(start + 1, config.steps + 1):
                 began = now(device)
@@ -140,9 +138,9 @@ def _run(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 method.momentum = slow_momentum(config, step)
-                method.seed = _generator(config.seed, "method", step).initial_seed()
-                torch.manual_seed(_generator(config.seed, "network", step, ranks.rank).initial_seed())  # dropout
-                views, labels = _batch(config, data, step, device, ranks.rows(config))
+                method.seed = generator(config.seed, "method", step).initial_seed()
+                torch.manual_seed(generator(config.seed, "network", step, ranks.rank).initial_seed())  # dropout
+                views, labels = batch_of(config, data, step, device, ranks.rows(config))
                 loss, spent = _step(method, optimizer, views, labels, device, *how)
                 loss_seconds += spent
                 seconds += now(device) - began
@@ -164,11 +162,11 @@ def _run(
                     ranks.unite(data.decoder.state, device)
                 if saving and ranks.first:
                     save_checkpoint(
-                        folder / "checkpoint.pt",
+                        folder / CHECKPOINT,
                         {
                             "config": dataclasses.asdict(config),
                             "step": step,
-                            "images": _shape(data),
+                            "images": data.shape,
                             "seconds": seconds,
                             "loss_seconds": loss_seconds,
                             "method": method.state_dict(),
@@ -184,8 +182,8 @@ def _run(
                     leave(guard.stop)
         result = None
         if ranks.first:
-            untrained = _build(config, data, None, encoder).to(device).encoder
-            batch = _batch(config, data, config.steps, device)
+            untrained = build_method(config, data, None, encoder).to(device).encoder
+            batch = batch_of(config, data, config.steps, device)
             result = finish(config, folder, data, prober, method, untrained, batch, history, seconds, loss_seconds)
         finished: dict[str, Any] = ranks.told(result)
         return finished
@@ -233,60 +231,14 @@ def _step(
     return mean, spent
 
 
-def _batch(
-    config: TrainConfig, data: Data, step: int, device: torch.device, rows: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Views of step ``step``, counted from 1, ``(B, C, H, W)`` each, channels last, which convolves faster; labels.
-
-    For clip one view, and the tokens ``(B, L)`` of a caption. Of the whole batch, or of some rows of it.
-    """
-    rows = torch.arange(config.batch_size) if rows is None else rows
-    epoch, at = _images(config, data, step)
-    at = at[rows]
-    images = data.train.read(at).to(device, memory_format=torch.channels_last)
-    captioned = config.method == "clip"
-    views = data.augmentation.views(
-        images, at, ("views", config.seed, epoch), count=2 - captioned,
-        local_crops=config.local_crops, local_size=config.local_size,
-    )  # fmt: skip
-    if captioned:
-        views = (*views, tokens(captions(data, at, config.seed, epoch), config.text_context).to(device))
-    if config.control == "shuffled-pairs":
-        # the order is random, so a neighbour is a random other image
-        views = tuple(view.roll(number, 0) for number, view in enumerate(views))
-    return views, data.train.labels[at].to(device)
-
-
-def _images(config: TrainConfig, data: Data, step: int) -> tuple[int, Tensor]:
-    """The epoch of step ``step``, counted from 0, and the images ``(B,)`` of its batch."""
-    epoch, batch = divmod(step - 1, len(data.train) // config.batch_size)
-    return epoch, _order(len(data.train), config.seed, epoch)[batch * config.batch_size :][: config.batch_size]
-
-
-@functools.lru_cache(maxsize=1)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=_generator(seed, "order", epoch))
-
-
-def _generator(*key: object) -> torch.Generator:
-    """A random stream of its own for every key. Hashed, because torch's CPU generator reads 32 bits of its seed."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def _build(config: TrainConfig, data: Data, init: str | None = None, given: nn.Module | None = None) -> Method:
+def build_method(config: TrainConfig, data: Data, init: str | None = None, given: nn.Module | None = None) -> Method:
     """The method with the weights of the seed, and of ``init``; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder, features = run_encoder(config, _shape(data), given)
+        encoder, features = run_encoder(config, data.shape, given)
         if init:
             start_from(encoder, init)  # before a method copies the encoder
         method = METHODS[config.method](encoder, features, config)
     if config.control == "frozen-queue":
         method.loss.eval()  # MoCoLoss moves its queue in training mode only
     return method.to(memory_format=torch.channels_last)
-
-
-def _shape(data: Data) -> list[int]:
-    """C, H and W of the images."""
-    return list(data.test.read(torch.tensor([0])).shape[1:])

@@ -1,10 +1,10 @@
-"""What a run comes to: probes of the encoder, the memory of the loss, plots, and ``result.json``."""
+"""What a run comes to: probes of the encoder, the memory of the loss, plots, ``result.json`` and its table."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .. import functional, reference
 from .._measure import peak_bytes
 from .._version import __version__
 from ..backends import native
-from . import report
+from . import plots
 from .checkpoint import no_room, write_json
 from .collapse import MONITORS
 from .config import TrainConfig
@@ -26,6 +26,7 @@ from .models import calibrated
 from .probe import Prober
 from .run_folder import spared
 
+ROWS = {"raw": "raw pixels", "random": "random init", "trained": "trained"}  # of tables
 _FINAL = 50  # the loss of a run is the mean of its last steps, this many
 _DENSE = 1024  # images; the matrix of a larger batch need not fit where the run did
 
@@ -71,13 +72,13 @@ def finish(
         "seed": config.seed,
         "steps": config.steps,
         "loss": sum(final) / len(final),
-        "skipped_batches": sum(row.get("skipped") is not None for row in history),
+        "skipped_batches": sum(row["skipped"] is not None for row in history),
         "seconds": seconds,
         "loss_share": loss_seconds / seconds,
         "probe": probe,
         "zero_shot": method.zero_shot(features["trained"].test, features["trained"].test_labels, data.classes),
         "retrieval": texts and method.retrieval(features["trained"].test, [texts[i] for i in prober.test_at]),
-        "embeddings": {name: history[-1].get(name) for name in MONITORS},
+        "embeddings": {name: history[-1][name] for name in MONITORS},
         "loss_peak_images": len(labels),
         "loss_peak_bytes": _loss_peak_bytes(method, [view[:_DENSE] for view in views], labels),
         "skipped_images": len(data.decoder.broken()),
@@ -85,21 +86,58 @@ def finish(
         "threads": config.threads,
         "versions": {"fastcl": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    plots: dict[str, Callable[[Path], None]] = {
-        "loss.png": lambda path: report.plot_loss(path, history),
-        "embedding.png": lambda path: report.plot_embedding(
+    pictures: dict[str, Callable[[Path], None]] = {
+        "loss.png": lambda path: plots.plot_loss(path, history),
+        "embedding.png": lambda path: plots.plot_embedding(
             path, features["trained"].test, features["trained"].test_labels, data.classes
         ),
     }
     if prober.labelled:
-        plots["probe.png"] = lambda path: report.plot_probe(path, history, probe)
-    for name, plot in plots.items():
+        pictures["probe.png"] = lambda path: plots.plot_probe(path, history, probe)
+    for name, plot in pictures.items():
         spared(folder / name, partial(plot, folder / name), partial(print, file=sys.stderr))
     try:
         write_json(folder / "result.json", result)
     except OSError as error:
         raise no_room(folder / "result.json", error) from error
     return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result of a run as text; accuracies in percent on the held-out images."""
+    lines = [
+        f"{result['method']} on {result['dataset']}, seed {result['seed']}: {result['steps']} steps "
+        f"in {result['seconds']:.1f} s, loss {result['loss']:.3f}",
+    ]
+    probed = {name: result["probe"][key] for key, name in ROWS.items() if result["probe"][key]}
+    if probed:
+        lines += ["", f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}"]
+    for name, row in probed.items():
+        ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
+        lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
+    if result["zero_shot"] is not None:
+        lines += ["", f"zero-shot accuracy of the class names, %: {result['zero_shot']:.1f}"]
+    if result["retrieval"] is not None:
+        there, back = (result["retrieval"][way] for way in ("image_to_text", "text_to_image"))
+        lines += ["", f"recall at 1 of held-out pairs, %: {there:.1f} of texts, {back:.1f} of images"]
+    seen = result["embeddings"]
+    lines += [
+        "",
+        f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
+        f"effective rank {seen['effective_rank']:.1f}",
+    ]
+    if result["skipped_images"]:
+        lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped_images.json"]
+    if result["skipped_batches"]:
+        lines += ["", f"batches skipped, because they were not finite: {result['skipped_batches']}"]
+    peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
+    lines += [
+        "",
+        f"share of a step spent in the loss: {result['loss_share']:.1%}",
+        f"peak memory of the loss of {result['loss_peak_images']} images: fastcl {peak['fastcl']:.2f} MiB, "
+        f"dense {peak['dense']:.2f} MiB",
+    ]
+    return "\n".join(lines)
 
 
 def _loss_peak_bytes(method: Method, views: Sequence[Tensor], labels: Tensor) -> dict[str, int]:

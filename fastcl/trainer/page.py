@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..pairwise import l2_normalize, pair_topk
-from . import report
-from .checkpoint import load_checkpoint, write_atomically
+from . import plots
+from .checkpoint import CHECKPOINT, load_checkpoint, write_atomically
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import TrainError
 from .export import trained_encoder
 from .models import encode
+from .outcome import table
 
 _SHOWN = 2000  # held-out images, at most, evenly spaced, on the map and among the neighbours
 _QUERIES = 8
@@ -75,7 +76,7 @@ def write_page(run: Path | str, *, data: Data | None = None, encoder: nn.Module 
         TrainError: the run is not finished, its checkpoint cannot be read, or its data are not there.
     """
     run = Path(run)
-    state = load_checkpoint(run / "checkpoint.pt")
+    state = load_checkpoint(run / CHECKPOINT)
     if not (run / "result.json").is_file():
         raise TrainError(
             f"got {run}, which holds an interrupted run; expected a finished one. Continue it with: "
@@ -92,13 +93,13 @@ def write_page(run: Path | str, *, data: Data | None = None, encoder: nn.Module 
     pictures = data.test.read(at[near.flatten()]).unflatten(0, near.shape)
     page = _PAGE.format(
         title=html.escape(f"{config.method} on {config.data}, seed {config.seed}"),
-        table=html.escape(report.table(result)),
-        curves=_picture("training loss against step", report.plot_loss, history)
-        + (_picture("probes against step", report.plot_probe, history, result["probe"]) if labelled else ""),
+        table=html.escape(table(result)),
+        curves=_picture("training loss against step", plots.plot_loss, history)
+        + (_picture("probes against step", plots.plot_probe, history, result["probe"]) if labelled else ""),
         neighbours=_picture(
-            "images and their nearest neighbours", report.plot_neighbours, pictures, labels[near], data.classes
+            "images and their nearest neighbours", plots.plot_neighbours, pictures, labels[near], data.classes
         ),
-        embedding=_picture("map of features", report.plot_embedding, features, labels, data.classes),
+        embedding=_picture("map of features", plots.plot_embedding, features, labels, data.classes),
         settings=_rows(dataclasses.asdict(config) | result["versions"]),
     )
     write_atomically(run / "report.html", lambda file: file.write(page.encode()))

@@ -83,7 +83,7 @@ class Ranks:
 
 def launched() -> Ranks:
     """What the environment says, which ``torchrun`` writes."""
-    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         yield ranks
         return
     if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
     try:
         yield ranks

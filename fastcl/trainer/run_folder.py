@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from .checkpoint import write_atomically, write_json
+from .checkpoint import CHECKPOINT, has_checkpoint, write_atomically, write_json
 from .collapse import MONITORS
 from .config import TrainConfig
 from .decoding import Decoder
@@ -30,7 +30,7 @@ COLUMNS = ("step", "loss", "learning_rate", "knn", "few10", *MONITORS, "skipped"
 SKIPPED, BROKEN = "skipped_batches.jsonl", "skipped_images.json"
 _LISTED = 100  # skipped batches, at most, whose images are listed
 _FILES = (
-    "config.json", "*checkpoint.pt", "metrics.csv", "result.json", "evaluation.json", "report.html", "*.png",
+    "config.json", "*" + CHECKPOINT, "metrics.csv", "result.json", "evaluation.json", "report.html", "*.png",
     "events.out.tfevents.*", SKIPPED, BROKEN, "*.tmp",
 )  # fmt: skip
 
@@ -43,7 +43,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
     """
     if (folder / "config.json").exists() and not config.overwrite:
         finished = (folder / "result.json").exists()
-        way_on = "" if finished else f", or continue it with: fastcl train --resume {folder}"
+        can_go_on = not finished and has_checkpoint(folder)
+        way_on = f", or continue it with: fastcl train --resume {folder}" if can_go_on else ""
         raise TrainError(
             f"got {folder}, which holds {'a finished' if finished else 'an interrupted'} run; expected a new folder. "
             f"Name another with --output, replace the run with --overwrite{way_on}"
@@ -156,7 +157,7 @@ class Records:
         file.flush()
 
     def _list_skipped(self) -> None:
-        rows = [row for row in self.history if row.get("skipped")][:_LISTED]
+        rows = [row for row in self.history if row["skipped"]][:_LISTED]
         lines = [
             json.dumps({"step": r["step"], "not_finite": r["skipped"], "images": self.images(r["step"])}) for r in rows
         ]
@@ -179,6 +180,6 @@ def spared(path: Path, write: Callable[[], object], say: Callable[[str], None]) 
 def in_a_row(history: Sequence[Mapping[str, Any]]) -> int:
     """How many batches at the end of a history were skipped."""
     count = 0
-    while count < len(history) and history[-1 - count].get("skipped"):
+    while count < len(history) and history[-1 - count]["skipped"]:
         count += 1
     return count

@@ -5,7 +5,6 @@ Ranks are forks of this process, before torch has started a thread, because impo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,7 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastcl.trainer import TrainConfig, TrainError, add_arguments, checkpoint, loop, run
+from fastcl.trainer import TrainConfig, TrainError, checkpoint, loop
+from fastcl.trainer import command as fastcl_train
+
+from .runs import parse
 
 RANKS = 4
 
@@ -47,9 +49,7 @@ def ranks(name: str, of_one: Callable[[], int], prepare: Callable[[int], object]
 
 def command(*words: str) -> int:
     """The exit code of ``fastcl train``."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args(words))
+    return fastcl_train.run(parse(*words))
 
 
 def preempted(rank: int) -> None:
@@ -66,7 +66,7 @@ def preempted(rank: int) -> None:
 
 def poisoned(rank: int) -> None:
     """Of step 2 the views of rank 3 are not finite, of step 4 those of rank 0, in the second micro-batch."""
-    batch = loop._batch
+    batch = loop.batch_of
 
     def given(config: TrainConfig, data: Any, step: int, *rest: Any) -> Any:
         views, labels = batch(config, data, step, *rest)
@@ -74,7 +74,7 @@ def poisoned(rank: int) -> None:
             views[0][-1] = math.nan
         return views, labels
 
-    loop._batch = given
+    loop.batch_of = given
 
 
 def misread(rank: int) -> None:

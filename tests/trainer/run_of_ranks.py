@@ -35,5 +35,5 @@ def heads_in_double(build_method: object) -> object:
     return built
 
 
-loop._build = heads_in_double(loop._build)
+loop.build_method = heads_in_double(loop.build_method)
 train(TrainConfig(encoder="given", output=sys.argv[1], **json.loads(sys.argv[3])), encoder=build())

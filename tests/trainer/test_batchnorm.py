@@ -14,12 +14,12 @@ from fastcl.trainer import PRESETS, TrainConfig, TrainError, export, loop, metho
 from fastcl.trainer.batchnorm import SplitBatchNorm, shuffled, split_batchnorm
 from fastcl.trainer.data import load_data
 from fastcl.trainer.export import trained_encoder
-from fastcl.trainer.loop import _build
+from fastcl.trainer.loop import build_method
 from fastcl.trainer.methods import MoCo
 from fastcl.trainer.ranks import Ranks
 
 from .conftest import SHORT
-from .test_run import interrupt, same_run
+from .runs import interrupt, same_run
 
 
 def layers(dims: int, splits: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -54,6 +54,38 @@ def test_every_part_is_normalised_by_a_batchnorm_of_its_own(splits: int, shape: 
         torch.testing.assert_close(own, of_parts, rtol=1e-12, atol=1e-12)
 
 
+class Activated(nn.BatchNorm1d):
+    """A layer with more inside, as timm has them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        nn.BatchNorm1d(5, affine=False),
+        nn.BatchNorm1d(5, momentum=None),
+        nn.BatchNorm1d(5, track_running_stats=False),
+        Activated(5),
+    ],
+    ids=["not affine", "cumulative mean", "no statistics", "a subclass"],
+)
+def test_layers_of_every_kind_are_split(plain: nn.Module) -> None:
+    split, *copies = (copy.deepcopy(plain).double() for _ in range(3))
+    names, parameters = list(split.state_dict()), list(split.parameters())
+    split_batchnorm(split, 2)
+    assert list(split.state_dict()) == names
+    assert all(now is then for now, then in zip(split.parameters(), parameters, strict=True))
+    for _ in range(2):
+        x = torch.randn(8, 5, dtype=torch.float64)
+        want = torch.cat([layer(part) for layer, part in zip(copies, x.chunk(2), strict=True)])
+        torch.testing.assert_close(split(x), want, rtol=1e-12, atol=1e-12)
+    for name, buffer in split.named_buffers():
+        of_parts = torch.stack([getattr(layer, name) for layer in copies]).double().mean(0)
+        torch.testing.assert_close(buffer.double(), of_parts, rtol=1e-12, atol=1e-12)
+
+
 def test_running_statistics_are_the_mean_over_the_parts() -> None:
     split, copies = layers(4, 3)
     for _ in range(2):
@@ -86,7 +118,7 @@ def test_shuffled_images_come_back_in_order_by_a_permutation_of_the_seed() -> No
 
 def moco(**settings: object) -> MoCo:
     config = TrainConfig(method="moco", batch_size=16, queue_size=50, **settings).resolved()  # type: ignore[arg-type]
-    method = _build(config, load_data(config))
+    method = build_method(config, load_data(config))
     Ranks().parallel(method, config)
     assert isinstance(method, MoCo)
     return method

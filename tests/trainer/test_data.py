@@ -2,17 +2,18 @@
 
 import gzip
 import struct
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastcl.trainer import TrainConfig
+from fastcl.trainer import TrainConfig, train
 from fastcl.trainer import data as data_module
 from fastcl.trainer.data import load_data
 from fastcl.trainer.errors import MissingData, MissingPackage
+
+from .runs import block_torchvision, need_torchvision
 
 
 def test_digits_are_the_1797_images_of_uci() -> None:
@@ -165,6 +166,24 @@ def test_a_folder_of_images_is_split_cropped_and_decoded(tmp_path: Path) -> None
     assert torch.equal(left_is_dark, data.train.labels == 0)
 
 
+def test_a_folder_without_classes_is_trained_on_and_not_probed(tmp_path: Path) -> None:
+    need_torchvision()
+    make_folder(tmp_path / "made")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "notes.txt").write_text("no image")
+    for i, file in enumerate(sorted((tmp_path / "made").rglob("*.png"))):
+        file.rename(flat / f"{i:02}.PNG")
+    few = {"steps": 2, "batch_size": 8, "probe_every": 2, "threads": 1, "image_size": 8}
+    config = TrainConfig(data="imagefolder", data_dir=str(flat), output=str(tmp_path / "run"), **few)
+    data = load_data(config)
+    assert (len(data.train), len(data.test), list(data.classes)) == (24, 8, [])
+    assert set(data.train.labels.tolist()) == {-1}
+    # the left half of every image is black, but for those of class b, which come last
+    assert torch.equal(data.train.read(torch.arange(24))[:, 0, 4, 0].round(), (torch.arange(24) >= 12).float())
+    assert train(config)["probe"]["trained"] == {}
+
+
 def test_train_and_val_folders_are_used_as_they_are(tmp_path: Path) -> None:
     need_torchvision()
     make_folder(tmp_path / "train")
@@ -177,6 +196,7 @@ def test_train_and_val_folders_are_used_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"data_dir": "empty"}, "--data-dir empty for the digits, .* --data imagefolder"),
         ({"data": "imagefolder"}, "--data-dir PATH"),
         ({"data": "imagefolder", "data_dir": "empty"}, "one folder of images per class"),
         ({"data": "imagefolder", "data_dir": "nowhere"}, "one folder of images per class"),
@@ -196,24 +216,3 @@ def test_absent_folders_are_sentences(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingData, match=sentence):
         load_data(TrainConfig(**settings))
-
-
-def need_torchvision() -> None:
-    """Skip where torchvision is absent, or was built for another torch and raises RuntimeError on import."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"torchvision does not work here: {error}")
-
-
-def block_torchvision(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Make every import of torchvision raise."""
-
-    class Block:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name.partition(".")[0] == "torchvision":
-                raise error
-
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Block(), *sys.meta_path])

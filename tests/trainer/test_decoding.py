@@ -16,8 +16,7 @@ from fastcl.trainer.data import Data, load_data
 from fastcl.trainer.decoding import Decoder, Part, _pixels
 from fastcl.trainer.errors import MissingData
 
-from .test_data import need_torchvision
-from .test_run import interrupt, same_run
+from .runs import interrupt, need_torchvision, same_run
 
 SIZE = 8
 

@@ -23,7 +23,7 @@ from fastcl.trainer.downstream import (
 )
 from fastcl.trainer.errors import MissingData
 
-from .test_data import need_torchvision
+from .runs import need_torchvision
 from .test_export import a_run
 
 SMALL = {"min_size": 64, "max_size": 64, "box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 50}

@@ -1,8 +1,6 @@
 """Runs that are killed, poisoned or out of room, and checkpoints that are damaged: what is left is whole."""
 
-import argparse
 import copy
-import csv
 import json
 import math
 import os
@@ -17,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import trainer
-from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
+from fastcl.trainer import TrainConfig, TrainError, command, loop, resume, table, train
 from fastcl.trainer.checkpoint import FORMAT, _leaves, load_checkpoint, save_checkpoint
 from fastcl.trainer.data import load_data
 from fastcl.trainer.guard import Guard
@@ -26,8 +23,8 @@ from fastcl.trainer.signals import requests
 
 from ..processes import together
 from .conftest import SHORT
-from .test_data import make_folder, need_torchvision
-from .test_run import interrupt, same_run, same_state_of_runs
+from .runs import interrupt, metrics, need_torchvision, parse, same_run, same_state_of_runs
+from .test_data import make_folder
 
 CPU = torch.device("cpu")
 SEED = random.randrange(2**31)  # another one every time; pytest shows it where a test fails
@@ -160,7 +157,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: Collection[int]) -
         return poisoned
 
     now, calls, losses = [0], list[int](), list[int]()
-    monkeypatch.setattr(loop, "_batch", views(loop._batch))
+    monkeypatch.setattr(loop, "batch_of", views(loop.batch_of))
     monkeypatch.setattr(loop, "add_gradients", part(loop.add_gradients))
     return losses
 
@@ -174,12 +171,12 @@ def test_a_batch_that_is_not_finite_changes_nothing(
     """MoCo has slow networks, a queue, and BatchNorm in both encoders."""
     config = TrainConfig(**MOCO, output=str(tmp_path), **SHORT, **options).resolved()
     data = load_data(config)
-    method = loop._build(config, data)
+    method = loop.build_method(config, data)
     optimizer = loop.build_optimizer(config, method)
     guard = Guard(method)
 
     def step(number: int) -> float:
-        views, labels = loop._batch(config, data, number, CPU)
+        views, labels = loop.batch_of(config, data, number, CPU)
         given = config.chunk, config.accumulate, config.precision, None, None, guard
         return loop._step(method, optimizer, views, labels, CPU, *given)[0]
 
@@ -212,7 +209,7 @@ def test_a_run_skips_what_is_not_finite_and_says_so(
     assert [f"warning: step {step}: the views are not finite" in said for step in range(1, 15)] == [
         step in bad for step in range(1, 15)
     ]
-    rows = list(csv.DictReader((whole / "metrics.csv").open(newline="")))
+    rows = metrics(whole)
     assert [(int(row["step"]), row["loss"]) for row in rows if row["skipped"]] == [(step, "") for step in bad]
     losses = [float(row["loss"]) for row in rows if not row["skipped"]]
     assert len(losses) == 9 and result["loss"] == pytest.approx(sum(losses) / 9)
@@ -221,7 +218,7 @@ def test_a_run_skips_what_is_not_finite_and_says_so(
     config = TrainConfig(output=str(whole), **settings).resolved()
     data = load_data(config)
     for row in listed:
-        _, labels = loop._batch(config, data, row["step"], CPU)
+        _, labels = loop.batch_of(config, data, row["step"], CPU)
         assert torch.equal(labels, data.train.labels[row["images"]])
     with monkeypatch.context() as patch:
         interrupt(patch, at=9)
@@ -287,11 +284,9 @@ def test_a_signal_ends_a_run_after_its_step(
     assert isinstance(end.value, KeyboardInterrupt) if code == 130 else end.value.code == 143
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 5
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser)
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: signal.raise_signal(number))
-        assert trainer.run(parser.parse_args(["--resume", str(folder)])) == code
+        assert command.run(parse("--resume", str(folder))) == code
     assert f"fastcl train --resume {folder}" in capsys.readouterr().err
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 7
     resume(folder)

@@ -20,12 +20,11 @@ from fastcl.trainer.encoders import freeze_patch_embedding
 from fastcl.trainer.errors import MissingPackage
 from fastcl.trainer.evaluation import evaluate
 from fastcl.trainer.export import start_from
-from fastcl.trainer.loop import _build
+from fastcl.trainer.loop import build_method
 from fastcl.trainer.models import build_encoder, calibrated, encode, projection_head, run_encoder
 
 from .conftest import SHORT
-from .test_data import need_torchvision
-from .test_run import same_run
+from .runs import need_torchvision, same_run
 
 
 class Mine(nn.Module):
@@ -175,7 +174,7 @@ def test_heads_have_as_many_layers_as_asked_for() -> None:
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 3 + ["Linear"]
     assert projection_head(5, 3, layers=3)(torch.rand(2, 5)).shape == (2, 3)
     config = TrainConfig(method="moco", head_layers=3, hidden=9)
-    method = _build(config, load_data(config))
+    method = build_method(config, load_data(config))
     for head in (method.get_submodule("head"), method.get_submodule("key_head")):
         assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == [(9, 128), (9, 9), (64, 9)]
 
@@ -208,7 +207,7 @@ def test_a_copy_of_the_module_is_trained(given: tuple[Path, dict[str, Any], Mine
     trained = load_checkpoint(folder / "checkpoint.pt")["method"]
     assert trained["encoder.norm.num_batches_tracked"] == 4  # in training mode
     assert not torch.equal(trained["encoder.conv.weight"], module.conv.weight)
-    untrained = _build(TrainConfig(**GIVEN), load_data(TrainConfig()), None, module).encoder.state_dict()
+    untrained = build_method(TrainConfig(**GIVEN), load_data(TrainConfig()), None, module).encoder.state_dict()
     assert all(torch.equal(untrained[key], value) for key, value in before.items())
 
 

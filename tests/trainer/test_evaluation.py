@@ -17,7 +17,7 @@ from fastcl.trainer.evaluation import evaluate, fine_tune
 from fastcl.trainer.probe import Prober, knn
 
 from .conftest import SHORT
-from .test_run import interrupt
+from .runs import interrupt
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_the_probes_of_a_finished_run_are_those_of_its_result(
         assert all(found[key] == probe[key] for key in ("linear", "few10", "few1")), name
         assert ("fine_tune" in found) == (name != "raw")
     config = TrainConfig(**json.loads((run / "config.json").read_text()))
-    raw = Prober(load_data(config), loop._generator("probe")).features(None, CPU)
+    raw = Prober(load_data(config), loop.generator("probe")).features(None, CPU)
     assert result["accuracy"]["raw"]["knn"] == knn(raw) != short_run[1]["probe"]["raw"]["knn"]  # of 200, not 20
     assert cli.main(["evaluate", str(run), "--epochs", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
@@ -72,16 +72,16 @@ def test_an_interrupted_run_is_evaluated_at_its_last_checkpoint(
     result = evaluate(tmp_path / "run", "linear")
     assert (result["step"], result["steps"]) == (8, 24)
     state, data = load_checkpoint(tmp_path / "run" / "checkpoint.pt"), load_data(config)
-    method = loop._build(config, data)
+    method = loop.build_method(config, data)
     method.load_state_dict(state["method"])
-    prober = Prober(data, loop._generator("probe"))
+    prober = Prober(data, loop.generator("probe"))
     assert result["accuracy"]["trained"]["linear"] == prober.all(prober.features(method.encoder, CPU))["linear"]
 
 
 def test_fine_tuning_learns_the_labels_it_sees_and_leaves_the_encoder_alone() -> None:
     config = TrainConfig(batch_size=128)
     data = load_data(config)
-    encoder = loop._build(config, data).encoder
+    encoder = loop.build_method(config, data).encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     right = fine_tune(encoder, data, config, 8, CPU)
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())

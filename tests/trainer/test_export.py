@@ -23,7 +23,7 @@ from fastcl.trainer.export import detectron2_name, load_weights, read_weights, r
 from fastcl.trainer.methods import METHODS
 from fastcl.trainer.models import build_encoder, run_encoder
 
-from .test_data import need_torchvision
+from .runs import need_torchvision
 
 
 def a_run(

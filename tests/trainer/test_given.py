@@ -7,14 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.trainer import Augmentation, Data, Images, TrainConfig, TrainError, from_tensors, resume, train, write_page
+from fastcl.trainer import (
+    Augmentation,
+    Data,
+    Images,
+    TrainConfig,
+    TrainError,
+    command,
+    from_tensors,
+    resume,
+    train,
+    write_page,
+)
 from fastcl.trainer.augment import GREY, RGB
 from fastcl.trainer.data import load_data
 from fastcl.trainer.errors import MissingData
 from fastcl.trainer.evaluation import evaluate
 from fastcl.trainer.export import trained_encoder
 
-from .test_run import interrupt, parse, same_run
+from .runs import interrupt, parse, same_run
 
 GIVEN = {"steps": 4, "batch_size": 16, "probe_every": 4, "checkpoint_every": 2, "threads": 1, "data": "given"}
 
@@ -102,10 +113,8 @@ def test_given_and_data_come_together(tmp_path: Path) -> None:
 
 
 def test_the_command_line_has_no_data(tmp_path: Path) -> None:
-    from fastcl import trainer
-
     with pytest.raises(TrainError, match="Images in memory come from Python alone"):
-        trainer.run(parse("--data", "given", "--output", str(tmp_path / "run")))
+        command.run(parse("--data", "given", "--output", str(tmp_path / "run")))
 
 
 def test_a_run_on_given_data_is_resumed_with_them_and_no_others(
@@ -142,6 +151,17 @@ def test_a_run_on_given_data_is_resumed_with_them_and_no_others(
     same_run(folder, whole[0])
     assert result["probe"] == whole[1]["probe"]
     assert resume(folder) == result  # a finished run needs none
+
+
+def test_a_single_pixel_of_many_images_makes_other_data() -> None:
+    images, labels = torch.zeros(700, 1, 2, 3, dtype=torch.uint8), torch.arange(700) % 2
+    other = images.clone()
+    other[1, 0, 1, 2] = 1
+    data, changed = (from_tensors(pixels, labels, images, labels) for pixels in (images, other))
+    assert data.fingerprint != changed.fingerprint
+    assert data.fingerprint == from_tensors(images.clone(), labels, images, labels).fingerprint
+    strided = torch.empty(700, 1, 2, 6, dtype=torch.uint8)[..., ::2].copy_(images)
+    assert data.fingerprint == from_tensors(strided, labels, images, labels).fingerprint
 
 
 def test_captions_are_part_of_the_data() -> None:

@@ -14,11 +14,11 @@ from fastcl.trainer import TrainConfig, TrainError, export, resume, train
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fastcl.trainer.data import load_data
 from fastcl.trainer.export import start_from
-from fastcl.trainer.loop import _build
+from fastcl.trainer.loop import build_method
 from fastcl.trainer.models import build_encoder
 
 from .conftest import SHORT
-from .test_data import need_torchvision
+from .runs import need_torchvision
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def exported(short_run: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.Te
 
 def test_every_network_of_a_method_starts_from_the_file(exported: Path) -> None:
     config = TrainConfig(method="moco").resolved()
-    method, weights = _build(config, load_data(config), str(exported)), torch.load(exported, weights_only=True)
-    random = _build(config, load_data(config))
+    method, weights = build_method(config, load_data(config), str(exported)), torch.load(exported, weights_only=True)
+    random = build_method(config, load_data(config))
     for name in ("encoder", "key_encoder"):
         found = method.get_submodule(name).state_dict()
         assert all(torch.equal(found[key], value) for key, value in weights.items())

@@ -12,7 +12,7 @@ from fastcl import functional, reference
 from fastcl.trainer import TrainConfig
 from fastcl.trainer.config import MULTI_CROP
 from fastcl.trainer.data import load_data
-from fastcl.trainer.loop import _build, _step
+from fastcl.trainer.loop import _step, build_method
 from fastcl.trainer.method import Method
 from fastcl.trainer.methods import BYOL, METHODS, MoCo, MoCoV3, SimSiam
 from fastcl.trainer.models import build_encoder
@@ -24,7 +24,7 @@ LABELS = torch.arange(16) % 5
 
 def build(**settings: object) -> Method:
     config = TrainConfig(batch_size=16, **settings).resolved()  # type: ignore[arg-type]
-    return _build(config, load_data(config))
+    return build_method(config, load_data(config))
 
 
 def views(method: str = "simclr") -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastcl import cli
-from fastcl.trainer import TrainError, report, table, write_page
+from fastcl.trainer import TrainError, plots, table, write_page
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fastcl.trainer.page import nearest_of_each_class
 
@@ -118,7 +118,7 @@ def test_a_neighbour_of_another_class_is_marked(monkeypatch: pytest.MonkeyPatch,
     said: list[tuple[str, str]] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, text, fontsize, color: said.append((text, color)))
     images, labels = torch.rand(2, 3, 1, 8, 8), torch.tensor([[0, 0, 1], [1, 0, 1]])
-    report.plot_neighbours(tmp_path / "neighbours.png", images, labels, ["cat", "dog"])
+    plots.plot_neighbours(tmp_path / "neighbours.png", images, labels, ["cat", "dog"])
     assert said == [
         ("cat", "black"),
         ("cat", "green"),
@@ -127,7 +127,7 @@ def test_a_neighbour_of_another_class_is_marked(monkeypatch: pytest.MonkeyPatch,
         ("cat", "red"),
         ("dog", "green"),
     ]
-    report.plot_neighbours(tmp_path / "colour.png", torch.rand(1, 2, 3, 8, 8), labels[:1, :2], ["cat", "dog"])
+    plots.plot_neighbours(tmp_path / "colour.png", torch.rand(1, 2, 3, 8, 8), labels[:1, :2], ["cat", "dog"])
     assert (tmp_path / "colour.png").read_bytes().startswith(b"\x89PNG")
 
 

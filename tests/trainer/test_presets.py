@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import trainer
-from fastcl.trainer import PRESETS, TrainConfig, TrainError, load_config, preset
+from fastcl.trainer import PRESETS, TrainConfig, TrainError, command, load_config, preset
 from fastcl.trainer.methods import MoCoV3
 from fastcl.trainer.models import run_encoder
 from fastcl.trainer.optimization import learning_rate
 
 from .conftest import SHORT
-from .test_run import parse, same_run
+from .runs import parse, same_run
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,14 +97,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "train", stop)
+    monkeypatch.setattr(command, "train", stop)
     return configs
 
 
 def test_flags_win_over_set_and_both_over_a_preset(started: list[TrainConfig]) -> None:
     words = ["--preset", "moco-v2-r50", "--set", "temperature=0.1", "--set", "queue_size=128", "--temperature", "0.3"]
     words += ["--set", "exclude-norm-bias=true", "--set", "warmup_steps=null", "--set", "control=shuffled-pairs"]
-    assert trainer.run(parse(*words)) == 130
+    assert command.run(parse(*words)) == 130
     expected = preset(
         "moco-v2-r50", temperature=0.3, queue_size=128, exclude_norm_bias=True, warmup_steps=None,
         control="shuffled-pairs",
@@ -114,7 +113,7 @@ def test_flags_win_over_set_and_both_over_a_preset(started: list[TrainConfig]) -
 
 
 def test_set_alone_changes_the_defaults(started: list[TrainConfig]) -> None:
-    assert trainer.run(parse("--set", "steps=3", "--set", "compile=false")) == 130
+    assert command.run(parse("--set", "steps=3", "--set", "compile=false")) == 130
     assert started == [TrainConfig(steps=3)]
 
 
@@ -134,7 +133,7 @@ def test_set_alone_changes_the_defaults(started: list[TrainConfig]) -> None:
 )
 def test_a_setting_that_cannot_be_is_a_sentence(words: list[str], sentence: str) -> None:
     with pytest.raises(TrainError) as error:
-        trainer.run(parse(*words))
+        command.run(parse(*words))
     assert sentence in str(error.value)
 
 
@@ -160,7 +159,7 @@ def test_the_config_of_a_run_replays_it(short_run: tuple[Path, dict[str, Any]], 
     assert config.output == f"{folder}-replay" and not config.overwrite
     replay = tmp_path / "replay"
     file = str(folder / "config.json")
-    assert trainer.run(parse("--config", file, "--output", str(replay), "--json", str(tmp_path / "r.json"))) == 0
+    assert command.run(parse("--config", file, "--output", str(replay), "--json", str(tmp_path / "r.json"))) == 0
     same_run(replay, folder)
     assert json.loads((tmp_path / "r.json").read_text())["probe"] == result["probe"]
 

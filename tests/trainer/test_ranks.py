@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from fastcl.trainer import TrainConfig, TrainError, train
 
 from ..processes import together
-from .test_data import need_torchvision
+from .runs import losses, metrics, need_torchvision, same_run
 from .test_decoding import BROKEN, make_folder
-from .test_run import same_run
 
 SCRIPT = str(Path(__file__).parent / "run_of_ranks.py")
 RUN = {"steps": 20, "batch_size": 48, "queue_size": 96, "probe_every": 20, "checkpoint_every": 20, "threads": 1}
@@ -54,8 +52,8 @@ def assert_two_are_one(folder: Path, of_one: list[str], of_two: list[str], toler
         if "running" not in name:  # statistics of the first rank, and the mean of two splits
             distance = (weights[1][name].double() - want.double()).norm()
             assert distance <= tolerance * max(float(want.double().norm()), 1.0), name
-    losses = [[float(row["loss"]) for row in csv.DictReader((run / "metrics.csv").open())] for run in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=max(tolerance, 1e-7))
+    curves = [losses(run) for run in (one, two)]
+    assert curves[1] == pytest.approx(curves[0], rel=max(tolerance, 1e-7))
 
 
 def test_what_one_rank_finds_broken_all_know(tmp_path: Path) -> None:
@@ -100,7 +98,7 @@ def test_four_ranks_leave_together_resume_to_the_bit_and_skip_together(tmp_path:
     assert not (tmp_path / "cut" / "damaged-checkpoint.pt").exists()
     for name in ("cut", "damaged"):
         same_run(tmp_path / name, tmp_path / "whole")
-    rows = list(csv.DictReader((tmp_path / "poisoned" / "metrics.csv").open(newline="")))
+    rows = metrics(tmp_path / "poisoned")
     assert [row["skipped"] for row in rows] == ["", "views", "", "views", "", "", "", ""]
     assert [bool(row["loss"]) for row in rows] == [not row["skipped"] for row in rows]
 

@@ -1,7 +1,5 @@
 """A run from end to end: its folder, its repeatability, and what it refuses."""
 
-import argparse
-import csv
 import dataclasses
 import json
 import math
@@ -13,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl import reference, trainer
-from fastcl.trainer import TrainConfig, TrainError, loop, resume, table, train
+from fastcl import reference
+from fastcl.trainer import TrainConfig, TrainError, command, loop, resume, table, train
 from fastcl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from fastcl.trainer.config import SECTIONS
 from fastcl.trainer.data import Images, load_data
 from fastcl.trainer.errors import MissingPackage
 from fastcl.trainer.methods import METHODS, SimCLR
 from fastcl.trainer.progress import Progress
 
 from .conftest import SHORT
-from .test_data import block_torchvision
+from .runs import block_torchvision, interrupt, losses, metrics, parse, same_run
 
 
 def test_the_run_folder_is_complete(short_run: tuple[Path, dict[str, Any]]) -> None:
@@ -61,8 +60,7 @@ def test_the_result_has_the_promised_keys(short_run: tuple[Path, dict[str, Any]]
 
 def test_metrics_follow_every_step(short_run: tuple[Path, dict[str, Any]]) -> None:
     folder, result = short_run
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = metrics(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 25))
     assert [int(row["step"]) for row in rows if row["few10"]] == [12, 24]
     assert result["loss"] == pytest.approx(sum(float(row["loss"]) for row in rows) / 24)
@@ -197,7 +195,7 @@ def test_views_are_a_function_of_seed_and_step() -> None:
     data = dataclasses.replace(digits, train=one)
 
     def view(seed: int, step: int) -> torch.Tensor:
-        return loop._batch(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0][0]
+        return loop.batch_of(TrainConfig(seed=seed, batch_size=4), data, step, torch.device("cpu"))[0][0]
 
     assert torch.equal(view(0, 1), view(0, 1))
     for other in (view(0, 2), view(0, 3), view(1, 1)):  # steps 1 and 2 are one epoch, 3 is the next
@@ -207,9 +205,9 @@ def test_views_are_a_function_of_seed_and_step() -> None:
 def test_a_step_has_as_many_views_as_asked_and_a_control_mixes_all() -> None:
     data, cpu = load_data(TrainConfig()), torch.device("cpu")
     config = TrainConfig(batch_size=6, local_crops=3, local_size=4)
-    views, _ = loop._batch(config, data, 2, cpu)
+    views, _ = loop.batch_of(config, data, 2, cpu)
     assert [tuple(view.shape) for view in views] == [(6, 1, 8, 8)] * 2 + [(6, 1, 4, 4)] * 3
-    mixed, _ = loop._batch(dataclasses.replace(config, control="shuffled-pairs"), data, 2, cpu)
+    mixed, _ = loop.batch_of(dataclasses.replace(config, control="shuffled-pairs"), data, 2, cpu)
     for number, (view, other) in enumerate(zip(views, mixed, strict=True)):
         assert torch.equal(view.roll(number, 0), other)
 
@@ -217,9 +215,8 @@ def test_a_step_has_as_many_views_as_asked_and_a_control_mixes_all() -> None:
 def test_a_run_with_local_crops_learns(tmp_path: Path) -> None:
     crops = {"local_crops": 2, "local_size": 4}
     train(TrainConfig(output=str(tmp_path / "run"), **crops, **SHORT))
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert len(losses) == 24 and sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.2
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 24 and sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 - 0.2
 
 
 def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
@@ -227,8 +224,7 @@ def test_simclr_learns_and_the_control_does_not(tmp_path: Path) -> None:
     chance = math.log(2 * 64 - 1)
     real = train(TrainConfig(output=str(tmp_path / "real"), **settings))
     control = train(TrainConfig(output=str(tmp_path / "control"), control="shuffled-pairs", **settings))
-    with (tmp_path / "real" / "metrics.csv").open(newline="") as file:
-        last = float(list(csv.DictReader(file))[-1]["loss"])
+    last = losses(tmp_path / "real")[-1]
     assert last < chance - 0.8 and control["loss"] > chance - 0.05
     assert control["probe"]["trained"]["few10"]["mean"] < real["probe"]["trained"]["few10"]["mean"]
 
@@ -242,8 +238,7 @@ def test_the_fused_loss_trains_as_the_dense_one(tmp_path: Path, monkeypatch: pyt
     for name, method in (("fused", SimCLR), ("dense", Dense)):
         monkeypatch.setitem(METHODS, "simclr", method)
         train(TrainConfig(output=str(tmp_path / name), temperature=0.1, **SHORT))
-        with (tmp_path / name / "metrics.csv").open(newline="") as file:
-            curves.append([float(row["loss"]) for row in csv.DictReader(file)])
+        curves.append(losses(tmp_path / name))
     assert curves[0] == pytest.approx(curves[1], abs=1e-3) and curves[0][-1] < curves[0][0] - 0.5
 
 
@@ -251,7 +246,7 @@ def test_a_run_without_training_keeps_its_random_weights(tmp_path: Path) -> None
     config = TrainConfig(method="moco", control="no-training", output=str(tmp_path / "run"), **SHORT | {"steps": 3})
     result = train(config)
     trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
-    untrained = loop._build(config, load_data(config))
+    untrained = loop.build_method(config, load_data(config))
     for name, parameter in untrained.named_parameters():
         close = (0.0, 0.0) if parameter.requires_grad else (1e-6, 1e-6)  # the key encoder: a lerp of equal numbers
         torch.testing.assert_close(trained[name], parameter, atol=close[0], rtol=close[1])
@@ -265,7 +260,7 @@ def test_a_frozen_queue_does_not_move_and_the_encoder_does(tmp_path: Path) -> No
     )
     train(config)
     trained = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"]
-    untrained = loop._build(config, load_data(config)).state_dict()
+    untrained = loop.build_method(config, load_data(config)).state_dict()
     for name in ("loss.queue.features", "loss.queue.pointer"):
         assert torch.equal(trained[name], untrained[name])
     assert not torch.equal(trained["encoder.0.weight"], untrained["encoder.0.weight"])
@@ -281,6 +276,9 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(short_run: tuple[Path, d
     other.mkdir()
     (other / "config.json").write_text("{}")
     (other / "notes.txt").write_text("mine")
+    with pytest.raises(TrainError, match=r"interrupted run; .* replace the run with --overwrite$"):
+        train(TrainConfig(output=str(other)))  # there is nothing to resume
+    (other / "previous-checkpoint.pt").write_bytes(b"")
     with pytest.raises(TrainError, match=r"interrupted run; .* --resume"):
         train(TrainConfig(output=str(other)))
     (other / "result.json").write_text("{}")
@@ -371,41 +369,40 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], sentence: s
     assert not (tmp_path / "run").exists()
 
 
-def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser)
-    return parser.parse_args(words)
-
-
 def test_the_command_trains_without_torchvision_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     block_torchvision(monkeypatch, ImportError("blocked"))
     run, file = str(tmp_path / "run"), tmp_path / "result.json"
     args = parse("--steps", "2", "--batch-size", "32", "--threads", "1", "--output", run, "--json", str(file))
-    assert trainer.run(args) == 0
+    assert command.run(args) == 0
     out, err = capsys.readouterr()
     assert "raw pixels" in out and run in out
     assert "step 2/2: loss" in err
     assert json.loads(file.read_text()) == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert trainer.run(parse("--resume", run, "--json")) == 0
+    assert command.run(parse("--resume", run, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
 def test_resume_takes_no_other_setting(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="got --steps, --seed with --resume"):
-        trainer.run(parse("--resume", str(tmp_path), "--seed", "1", "--steps", "5"))
+        command.run(parse("--resume", str(tmp_path), "--seed", "1", "--steps", "5"))
 
 
 def test_an_interrupted_command_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt(monkeypatch, at=1)
-    assert trainer.run(parse("--batch-size", "32", "--threads", "1", "--output", str(tmp_path / "run"))) == 130
-    assert f"fastcl train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    way_on = f"Continue with: fastcl train --resume {tmp_path / 'run'}"
+    words = ["--batch-size", "32", "--threads", "1", "--checkpoint-every", "1", "--output", str(tmp_path / "run")]
+    for at, said in ((1, "No step was saved."), (2, way_on)):  # before and after the first checkpoint
+        with monkeypatch.context() as patch:
+            interrupt(patch, at=at)
+            assert command.run(parse(*words, "--overwrite")) == 130
+        assert f"\nInterrupted. {said}\n" in capsys.readouterr().err
 
 
 def test_flags_and_fields_have_the_same_defaults_and_types() -> None:
+    assert set(SECTIONS) < {f.name for f in dataclasses.fields(TrainConfig)}  # groups of --help
     assert not [name for name in vars(parse()) if name not in ("resume", "preset", "config", "set", "json")]
     args = parse("--steps", "3", "--temperature", "0.1", "--download", "--data-dir", "x", "--threads", "2")
     assert (args.steps, args.temperature, args.download, args.data_dir, args.threads) == (3, 0.1, True, "x", 2)
@@ -429,32 +426,3 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     with Progress(10, 4, torch.device("cpu")) as progress:
         progress.update(10, 1.5, 10.0, 0.1)
     assert "10/10" in capsys.readouterr().err
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Ctrl-C in the middle of step ``at``."""
-    step, steps = loop._step, iter(range(1, 1000))
-
-    def interrupted(*args: Any) -> tuple[float, float]:
-        if next(steps) == at:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Equal metrics, weights, queue and optimizer, bit for bit."""
-    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    same_state_of_runs(one, other)
-
-
-def same_state_of_runs(one: Path, other: Path) -> None:
-    """The same but for ``metrics.csv``."""
-    a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (one, other))
-    assert a["history"] == b["history"] and list(a["method"]) == list(b["method"])
-    for name in a["method"]:
-        assert torch.equal(a["method"][name], b["method"][name]), name
-    for i, state in a["optimizer"]["state"].items():
-        for name in state:
-            assert torch.equal(state[name], b["optimizer"]["state"][i][name]), (i, name)

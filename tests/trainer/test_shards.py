@@ -17,7 +17,7 @@ from fastcl.trainer.evaluation import evaluate
 from fastcl.trainer.shards import samples
 from fastcl.trainer.text import captions as clip_captions
 
-from .test_data import need_torchvision
+from .runs import need_torchvision
 from .test_decoding import SIZE, damage, picture
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a table for the terminal and PNG plots."""
+"""PNG pictures of a run: its loss, its probes, its features and their neighbours."""
 
 from __future__ import annotations
 
@@ -11,46 +11,6 @@ import torch
 from torch import Tensor
 
 from .errors import need
-
-ROWS = {"raw": "raw pixels", "random": "random init", "trained": "trained"}
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result of a run as text; accuracies in percent on the held-out images."""
-    lines = [
-        f"{result['method']} on {result['dataset']}, seed {result['seed']}: {result['steps']} steps "
-        f"in {result['seconds']:.1f} s, loss {result['loss']:.3f}",
-    ]
-    probed = {name: result["probe"][key] for key, name in ROWS.items() if result["probe"][key]}
-    if probed:
-        lines += ["", f"{'accuracy, %':<12}{'kNN':>8}{'linear':>8}{'10 labels/class':>18}{'1 label/class':>16}"]
-    for name, row in probed.items():
-        ten, one = (f"{row[k]['mean']:.1f} ± {row[k]['std']:.1f}" for k in ("few10", "few1"))
-        lines.append(f"{name:<12}{row['knn']:>8.1f}{row['linear']:>8.1f}{ten:>18}{one:>16}")
-    if result.get("zero_shot") is not None:
-        lines += ["", f"zero-shot accuracy of the class names, %: {result['zero_shot']:.1f}"]
-    if result.get("retrieval") is not None:
-        there, back = (result["retrieval"][way] for way in ("image_to_text", "text_to_image"))
-        lines += ["", f"recall at 1 of held-out pairs, %: {there:.1f} of texts, {back:.1f} of images"]
-    seen = result.get("embeddings", {})  # an older fastcl wrote none
-    if seen.get("effective_rank") is not None:
-        lines += [
-            "",
-            f"embeddings: alignment {seen['alignment']:.3f}, uniformity {seen['uniformity']:.3f}, "
-            f"effective rank {seen['effective_rank']:.1f}",
-        ]
-    if result.get("skipped_images"):
-        lines += ["", f"images that cannot be decoded: {result['skipped_images']}, listed in skipped_images.json"]
-    if result.get("skipped_batches"):
-        lines += ["", f"batches skipped, because they were not finite: {result['skipped_batches']}"]
-    peak = {name: value / 2**20 for name, value in result["loss_peak_bytes"].items()}
-    lines += [
-        "",
-        f"share of a step spent in the loss: {result['loss_share']:.1%}",
-        f"peak memory of the loss of {result['loss_peak_images']} images: fastcl {peak['fastcl']:.2f} MiB, "
-        f"dense {peak['dense']:.2f} MiB",
-    ]
-    return "\n".join(lines)
 
 
 def plot_loss(path: Path | IO[bytes], history: Sequence[Mapping[str, Any]]) -> None:
