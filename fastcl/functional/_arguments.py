@@ -67,8 +67,11 @@ def arange(rows: Tensor) -> Tensor:
 
 
 def operand(rows: Tensor) -> Tensor:
-    """Rows in fp32 (fp64), rounded as the operands of the pair reductions are; the gradient does not see that."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    """Rows in fp32 (fp64), rounded as the operands of the pair reductions are; the gradient does not see that.
+
+    Contiguous, so that sums over features add in one order.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
     dtype = operand_dtype(rows, rows)
     if torch.promote_types(dtype, wide.dtype) == dtype:
         return wide

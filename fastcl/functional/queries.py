@@ -401,7 +401,7 @@ def _own_dots(q: Tensor, own: Tensor, normalize: bool) -> Tensor:
 
 def _sum_of_dots(q: Tensor, k: Tensor) -> Tensor:
     """Sum of the inner products of every row with all rows of ``k``, ``(M,)``."""
-    return (operand(q) * operand(k).contiguous().sum(0)).sum(1)
+    return (operand(q) * operand(k).sum(0)).sum(1)
 
 
 def _logsumexp(s: Tensor) -> Tensor:
