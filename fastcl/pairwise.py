@@ -787,6 +787,15 @@ def rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
     )
 
 
+def joined(*parts: Tensor) -> Tensor:
+    """Rows one under the other. Autocast, whose ``torch.cat`` refuses fp16 rows beside bf16, is off here."""
+    device = parts[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return torch.cat(parts)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(parts)
+
+
 def operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:
     """In which dtype rows are multiplied: the wider of theirs, or autocast's."""
     dtype = torch.promote_types(q.dtype, k.dtype)
