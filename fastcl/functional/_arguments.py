@@ -11,7 +11,8 @@ from ..pairwise import l2_normalize, operand_dtype
 
 
 def unit(rows: Tensor, normalize: bool) -> Tensor:
-    return l2_normalize(rows) if normalize else rows
+    """Rows as a formula takes them: contiguous, so that sums, and those of gradients, add in one order."""
+    return l2_normalize(rows) if normalize else rows.contiguous()
 
 
 def reduced(loss: Tensor, reduction: str, weights: Tensor | None = None, *, counted: Tensor | None = None) -> Tensor:
@@ -67,11 +68,8 @@ def arange(rows: Tensor) -> Tensor:
 
 
 def operand(rows: Tensor) -> Tensor:
-    """Rows in fp32 (fp64), rounded as the operands of the pair reductions are; the gradient does not see that.
-
-    Contiguous, so that sums over features add in one order.
-    """
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    """Rows in fp32 (fp64), rounded as the operands of the pair reductions are; the gradient does not see that."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     dtype = operand_dtype(rows, rows)
     if torch.promote_types(dtype, wide.dtype) == dtype:
         return wide
