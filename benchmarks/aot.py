@@ -119,6 +119,27 @@ def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
     ``few``: of the losses used most, which launch every kernel once.
     """
     import torch
+
+    seen: dict[str, tuple[Any, bool, set[str]]] = {}
+    using = ["", True]
+
+    def note(compiled: Any) -> None:
+        # what it was compiled from: the same source with the same arguments has the same hash
+        seen.setdefault(compiled.metadata.hash, (compiled, using[1], set()))[2].add(using[0])
+
+    launch_nothing(arch, dtype, note)
+    rows_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    for name, aligned, call in _calls(rows_dtype):
+        if few and name not in FEW:
+            continue
+        using[:] = [name, aligned]
+        call()
+    return [_read(compiled, arch, dtype, sorted(users), aligned) for compiled, aligned, users in seen.values()]
+
+
+def launch_nothing(arch: int, dtype: str, note: Callable[[Any], None]) -> None:
+    """From now on Triton compiles for this architecture, tells ``note`` of every kernel, and launches none."""
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -141,14 +162,11 @@ def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
             return torch.device("cpu")
 
     driver.set_active(NoDevice())
-    seen: dict[str, tuple[Any, bool, set[str]]] = {}
-    using = ["", True]
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        # what it was compiled from: the same source with the same arguments has the same hash
-        seen.setdefault(compiled.metadata.hash, (compiled, using[1], set()))[2].add(using[0])
+        note(compiled)
         return compiled
 
     triton.JITFunction.run = compile_only
@@ -157,13 +175,6 @@ def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
     processors = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest GPU of each
     backend.limits = lambda device: backend.Limits("", divmod(arch, 10), processors[arch])
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    rows_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    for name, aligned, call in _calls(rows_dtype):
-        if few and name not in FEW:
-            continue
-        using[:] = [name, aligned]
-        call()
-    return [_read(compiled, arch, dtype, sorted(users), aligned) for compiled, aligned, users in seen.values()]
 
 
 def _calls(dtype: Any) -> list[tuple[str, bool, Callable[[], None]]]:

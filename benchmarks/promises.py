@@ -12,6 +12,7 @@ FUNCTIONAL, NATIVE, TRITON, CUDA = (
     f"tests/test_{name}.py::test_" for name in ("functional", "native", "triton", "cuda")
 )
 DISTRIBUTED, GRAD_CACHE, GPU = (f"tests/test_{name}.py::test_" for name in ("distributed", "grad_cache", "gpu"))
+LAYOUTS, PROCESSES, REPEATS = (f"tests/test_{name}.py::test_" for name in ("layouts", "processes", "repeats"))
 DURABILITY, RANKS, RUN = (f"tests/trainer/test_{name}.py::test_" for name in ("durability", "ranks", "run"))
 
 
@@ -99,9 +100,15 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         ),
         Promise(
             "24",
-            "autocast rounds the operands and nothing else; rows of two dtypes compute in the wider",
-            "loss and gradient under autocast, of mixed dtypes, beside the reference on the rounded rows",
-            _all(FUNCTIONAL, "autocast_rounds_the_operands_and_nothing_else", "mixed_dtypes_compute_in_the_wider"),
+            "autocast rounds the operands and nothing else; rows of two dtypes compute in the wider; a gradient scaler "
+            "scales, and skips a step that is not finite",
+            "autocast off, bf16 and fp16; rows of four dtypes; temperature, scale and bias stay fp32",
+            _all(
+                FUNCTIONAL,
+                "autocast_rounds_the_operands_and_nothing_else",
+                "mixed_dtypes_compute_in_the_wider",
+                "a_gradient_scaler_scales_and_skips",
+            ),
         ),
         Promise(
             "36",
@@ -127,11 +134,13 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "4a",
             "a wrong kernel is noticed: by the tests, by `fastcl selftest`, and before Triton becomes the default",
-            "wrong gradients and sums in the place of the kernels'",
+            "wrong gradients and sums in the place of the kernels'; a bug for every invariant; examples with shuffled pairs",
             (
                 *_all(FUNCTIONAL, "a_wrong_gradient_is_noticed", "a_wrong_sum_is_noticed"),
                 *_all("tests/test_cli.py::test_", "selftest_catches_a_wrong_gradient", "selftest_catches_a_wrong_loss"),
                 TRITON + "a_wrong_kernel_fails_the_check",
+                "tests/test_invariants.py::test_notices_a_bug",
+                "tests/test_examples.py::test_with_shuffled_pairs_no_example_passes",
             ),
         ),
         Promise("5", "tests catch bugs", "mutants of formulas and kernels, one at a time", record="mutants.json"),
@@ -140,14 +149,30 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "6",
             "it holds on shapes nobody thought of",
-            "invariants on drawn shapes, dtypes, temperatures and backends",
+            "35 invariants of every loss and primitive: permutation, rotation, duplication, splitting, offsets, tiles, "
+            "transposition, units, and more; 245 drawn examples a run, 28,000 by `HYPOTHESIS_PROFILE=nightly`",
             ("tests/test_invariants.py",),
         ),
         Promise(
             "7",
-            "any number of rows, any number of features, any strides",
-            "odd sizes; the bits of rows that are not contiguous are those of a copy that is",
-            _all(FUNCTIONAL, "matches_reference", "non_contiguous_rows_give_the_same_bits"),
+            "any number of rows, any number of features, any strides, one tensor on both sides",
+            "odd sizes; rows, biases, keys and upstream gradients spread, transposed, at an odd offset, overlapping: the "
+            "bits are those of contiguous copies",
+            (
+                *_all(FUNCTIONAL, "matches_reference", "non_contiguous_rows_give_the_same_bits"),
+                *_all(
+                    LAYOUTS,
+                    "no_bit_depends_on_where_tensors_lie",
+                    "no_bit_of_a_loss_depends_on_where_its_arguments_lie",
+                    "one_tensor_may_stand_on_both_sides",
+                ),
+            ),
+        ),
+        Promise(
+            "8",
+            "offsets past 2^31",
+            "rows, and features, that far apart, on the CPU",
+            (LAYOUTS + "offsets_past_two_to_the_31",),
         ),
         Promise(
             "8g",
@@ -158,10 +183,12 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "9",
             "nothing is read or written outside of a tensor",
-            "NaN before, behind and between rows; canaries round outputs; C++ kernels, and Triton's in the interpreter",
+            "NaN before, behind and between rows, biases, keys, ceilings, guides and upstream gradients; canaries round "
+            "outputs and every allocation; C++ kernels, and Triton's in the interpreter",
             (
                 *_all(NATIVE, "reads_nothing_beside_its_inputs", "writes_nothing_beside_its_outputs"),
                 *_all(TRITON, "guard_bands", "writes_nothing_beside_its_outputs"),
+                *_all(LAYOUTS, "no_bit_depends_on_where_tensors_lie", "nothing_is_written_beside_outputs"),
             ),
         ),
         Promise(
@@ -171,10 +198,16 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
             command="make sanitize",
         ),
         Promise(
+            "10",
+            "what lay in memory before changes no bit",
+            "deterministic algorithms, with NaN in what is not initialised",
+            (REPEATS + "what_lay_in_memory_before_changes_no_bit",),
+        ),
+        Promise(
             "15",
             "no N x M matrix is stored, and nothing for a backward that does not come",
             "peak of 16,384 rows below a sixteenth of the matrix; every loss at 4,096 rows below a quarter; "
-            "allocations without gradients; and the dense loss is noticed",
+            "frozen rows, frozen keys, `no_grad` and `inference_mode`; and the dense loss is noticed",
             (
                 *_all(
                     FUNCTIONAL,
@@ -182,6 +215,8 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
                     "the_family_allocates_no_matrix",
                     "dense_memory_would_be_noticed",
                     "no_backward_buffers_without_a_gradient",
+                    "whoever_wants_no_gradient_pays_for_none",
+                    "frozen_keys_cost_no_gradient",
                 ),
                 "tests/test_triples.py::test_no_cube_no_pairs_and_no_matrix_are_allocated",
                 NATIVE + "memory_is_linear",
@@ -201,9 +236,12 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         ),
         Promise(
             "20",
-            "the same input gives the same bits on any number of threads",
-            "1, 2 and 5 threads of the C++ kernels; eight threads of Python",
-            (NATIVE + "same_bits_for_any_number_of_threads", FUNCTIONAL + "eight_threads_agree"),
+            "the same input gives the same bits",
+            "1,000 repeats beside busy threads, class sums and mining too; 1, 2 and 5 threads; tiles kept or not",
+            (
+                REPEATS + "a_thousand_repeats_beside_busy_threads",
+                *_all(NATIVE, "same_bits_for_any_number_of_threads", "same_bits_kept_or_computed_again"),
+            ),
         ),
         Promise(
             "20g",
@@ -214,17 +252,29 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "21",
             "nothing is tuned by timing unless you ask",
-            "tiles come from a static table",
-            ("tests/test_tune.py",),
+            "tiles come from a static table, the same in every process",
+            ("tests/test_tune.py", PROCESSES + "two_ranks_take_the_same_tiles"),
         ),
         Promise(
             "22",
             "threads, forks and processes",
-            "threads at once; a child after a fork",
+            "eight threads at once; a child after a fork, workers that load data; four processes on one cold cache",
             (
                 *_all(NATIVE, "safe_from_several_python_threads", "a_forked_child_computes", "no_thread_at_import"),
                 FUNCTIONAL + "eight_threads_agree",
+                *_all(
+                    PROCESSES,
+                    "a_fork_computes_before_and_after_the_first_call",
+                    "workers_that_load_data_compute_losses",
+                    "processes_on_cold_caches_compile_and_keep_the_same",
+                ),
             ),
+        ),
+        Promise(
+            "22a",
+            "sixteen processes that start together on cold caches",
+            "all compile the same kernels and keep the same file",
+            command="python -m benchmarks.cold_cache --processes 16",
         ),
     ),
     "pytorch": (

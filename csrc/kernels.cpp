@@ -320,6 +320,18 @@ FORCE void put(const V (&c)[MR][2], E* out, E* out_t, i64 ld) {
 #endif
 }
 
+// What put() and read() make of a basis: weights are those of a basis that was kept, whether it was or not.
+FORCE void round_as_kept(V (&c)[MR][2]) {
+#ifdef FASTCL_BF16
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+    for (int h = 0; h < 2; h++)
+      c[r][h] = (V)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)c[r][h]));
+#else
+  (void)c;
+#endif
+}
+
 FORCE void add_sums(const V (&c)[MR][2], float* row_part, float* col_part) {
   V s0 = load(col_part), s1 = load(col_part + VL);
 #pragma GCC unroll 16
@@ -393,6 +405,7 @@ FORCE void weigh_tile(const Tile& t, const float* u, const float* v, E* weight, 
         V c[MR][2], basis[MR][2];
         products(c, t, r, p);
         values<link>(c, basis, t, r, p);
+        round_as_kept(basis);
         times(basis, u + r, v + p * NR);
         if (row_part) add_sums(basis, row_part + r * VL, col_part + p * NR);
         put(basis, weight + r * ld + p * NR, pairs_at(weight_t, ld, r, p), ld);

@@ -87,8 +87,8 @@ class _Hinges(torch.autograd.Function):
         distance: str,
         skip_diagonal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = q.to(torch.promote_types(q.dtype, torch.float32))
-        y = x if k is None else k.to(x.dtype)
+        x = q.to(torch.promote_types(q.dtype, torch.float32)).contiguous()  # so that sums add in one order
+        y = x if k is None else k.to(x.dtype).contiguous()
         sums = x.new_zeros(2, dtype=torch.float64)
         above = labels.new_zeros(2, dtype=torch.long)
         wanted = any(ctx.needs_input_grad[:2])

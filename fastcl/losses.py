@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import _checks
 from . import functional as F
 from ._checks import Scalar, sentence
-from .pairwise import l2_normalize
+from .pairwise import joined, l2_normalize
 from .queue import FeatureQueue
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _TwoViewLoss(_TemperatureLoss):
         given = [view for view in views if view is not None]
         if len(given) > 1:
             _checks.same_rows(**{f"view{i}": view for i, view in enumerate(given)})
-            return torch.cat(given), len(given)
+            return joined(*given), len(given)
         (z,) = given
         if _holds_views(z):
             return z.transpose(0, 1).flatten(0, 1), z.shape[1]
@@ -436,7 +436,7 @@ class MoCoLoss(_TemperatureLoss):
 
             keys = [all_rows(k, self.ranks.process_group, even=self.ranks.even) for k in keys]
         if self.training:
-            self.queue.enqueue(torch.cat(keys))
+            self.queue.enqueue(joined(*keys))
         return torch.stack(losses).mean(0)
 
 

@@ -208,7 +208,7 @@ def row_dot(q: Tensor, k: Tensor) -> Tensor:
     _checks.same_rows(q=q, k=k)
     dtype = operand_dtype(q, k)
     if q.dtype == k.dtype == dtype == _compute_dtype(dtype):  # nothing to round: autograd does the rest, for less
-        return (q * k).sum(1)
+        return products(q, k).sum(1)
     return apply(_RowDot, q, _distinct(k, q), dtype)
 
 
@@ -421,7 +421,7 @@ class _Reduce(torch.autograd.Function):
         half = 0.5 if pairs.symmetric else 1.0
         if pairs.symmetric:
             col_sum = row_sum
-        dscale = (pairs.x * dq).sum() * half if want_scale else None
+        dscale = products(pairs.x, dq).sum() * half if want_scale else None
         grads = (
             dq.mul_(pairs.scale) if want_q else None,
             dk.mul_(pairs.scale) if want_k and not pairs.symmetric else None,
@@ -447,7 +447,7 @@ class _ReduceFrozen(torch.autograd.Function):
         pairs = rounded(pairs, dtype)
         want_q, _, want_scale, want_row_bias = ctx.needs_input_grad[3:7]
         row, dq, _, row_sum = _ops.pair_reduce_grad(link, *pairs, want_q or want_scale, False, want_row_bias, backend)
-        dscale = (pairs.x * dq).sum(1) if want_scale else None
+        dscale = products(pairs.x, dq).sum(1) if want_scale else None
         ctx.save_for_backward(dq.mul_(pairs.scale) if want_q else None, dscale, row_sum if want_row_bias else None)
         return row
 
@@ -481,7 +481,7 @@ class _SoftplusTotal(torch.autograd.Function):
         ctx.save_for_backward(
             dq.mul(pairs.scale) if want_q else None,
             dk.mul_(pairs.scale) if want_k else None,
-            (pairs.x * dq).sum() if want_scale else None,
+            products(pairs.x, dq).sum() if want_scale else None,
             row_sum if want_row_bias else None,
         )
         return row.sum()
@@ -529,7 +529,7 @@ class _RowDot(torch.autograd.Function):
         x, y = q.to(dtype), k.to(dtype)
         ctx.save_for_backward(x, y)
         compute = _compute_dtype(dtype)
-        return (x.to(compute) * y.to(compute)).sum(1)
+        return products(x.to(compute), y.to(compute)).sum(1)
 
     @staticmethod
     @once_differentiable
@@ -545,7 +545,7 @@ class _GatheredDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtypes = q.dtype, table.dtype
-        x, y = q.to(dtype), table.to(dtype)
+        x, y = q.to(dtype).contiguous(), table.to(dtype).contiguous()
         ctx.save_for_backward(x, y, index)
         s = x.new_empty(index.shape, dtype=_compute_dtype(dtype))
         with torch.autocast(x.device.type, enabled=False):
@@ -560,6 +560,7 @@ class _GatheredDot(torch.autograd.Function):
         want_q, want_table, *_ = ctx.needs_input_grad
         dq = x.new_zeros(x.shape, dtype=grad.dtype) if want_q else None
         dtable = y.new_zeros(y.shape, dtype=grad.dtype) if want_table else None
+        grad = grad.contiguous()
         for rows in _gathered_rows(index, y):
             g = grad[rows]
             if dq is not None:
@@ -580,7 +581,7 @@ class _ListedDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtypes = q.dtype, k.dtype
-        x, y = q.to(dtype), k.to(dtype)
+        x, y = q.to(dtype).contiguous(), k.to(dtype).contiguous()
         ctx.save_for_backward(x, y, rows, columns)
         s = x.new_empty(len(rows), dtype=_compute_dtype(dtype))
         for pairs in _gathered_rows(rows[:, None], y):
@@ -602,6 +603,11 @@ class _ListedDot(torch.autograd.Function):
                 add_rows(dk, j, g * x[i].to(g.dtype))
         q_dtype, k_dtype = ctx.dtypes
         return None if dq is None else dq.to(q_dtype), None if dk is None else dk.to(k_dtype), None, None, None
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Of their numbers, contiguous: torch adds in the order of memory, and sums must not depend on strides."""
+    return a.contiguous() * b.contiguous()
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -789,6 +795,15 @@ def rounded(pairs: Pairs, dtype: torch.dtype) -> Pairs:
         pairs.col_limit,
         pairs.symmetric,
     )
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Rows one under the other. Autocast, whose ``torch.cat`` refuses fp16 rows beside bf16, is off here."""
+    device = parts[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return torch.cat(parts)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(parts)
 
 
 def operand_dtype(q: Tensor, k: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastcl
 from fastcl import _settings, functional, reference
 from fastcl._measure import peak_bytes
-from fastcl.backends import chunked
+from fastcl.backends import chunked, native
 from fastcl.pairwise import l2_normalize
 from fastcl.testing import CASES, HOT, LossCase
 
@@ -300,26 +300,70 @@ def test_one_odd_row_does_not_poison_the_batch(dtype: torch.dtype, length: float
 # --- dtypes, autocast, compile --------------------------------------------------------------------------------------
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 @each_case
-def test_autocast_rounds_the_operands_and_nothing_else(case: LossCase) -> None:
-    args, kwargs = case.inputs(17, 24, device=DEVICE)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        loss, grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
-    assert loss.dtype == torch.float32
-    assert all(g.dtype == torch.float32 for g in grads)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_operands_and_nothing_else(case: LossCase, autocast: torch.dtype | None) -> None:
+    """Rows of every dtype; fp64 ones are left alone. Temperature, scale and bias stay fp32, so do their gradients."""
+    for dtype in FLOATS:
+        args, kwargs = case.inputs(17, 24, device=DEVICE, dtype=dtype)
+        with torch.autocast(DEVICE, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss, grads = loss_and_grads(getattr(functional, case.name), args, kwargs)
+        numbers = torch.promote_types(dtype, torch.float32)
+        assert loss.dtype == numbers
+        assert all(g.dtype == (dtype if g.ndim > 1 else numbers) for g in grads)
+        operands = dtype if autocast is None or dtype == torch.float64 else autocast
 
-    def rounded(t: Any) -> Any:
-        if not (isinstance(t, Tensor) and t.ndim >= 2 and t.is_floating_point()):
-            return t
-        return t.detach().bfloat16().float().requires_grad_(t.requires_grad)
+        def rounded(t: Any, operands: torch.dtype = operands) -> Any:
+            if not (isinstance(t, Tensor) and t.ndim >= 2 and t.is_floating_point()):
+                return t
+            return t.detach().to(operands).to(t.dtype).requires_grad_(t.requires_grad)
 
-    # a guide is multiplied as it is: its verdicts are compared with a limit
-    named = {k: v if k.startswith("guide") else rounded(v) for k, v in kwargs.items()}
-    want, want_grads = exact(case, [rounded(a) for a in args], named)
-    # supcon's positive is a product with a class sum, which is rounded to bf16 once more
-    assert_close(loss, want, 1e-3 if case.name == "supcon" else 1e-6)
-    for g, w in zip(grads, want_grads, strict=True):
-        assert_close(g, w, 5e-3)
+        # a guide is multiplied as it is: its verdicts are compared with a limit
+        named = {k: v if k.startswith("guide") else rounded(v) for k, v in kwargs.items()}
+        want, want_grads = exact(case, [rounded(a) for a in args], named)
+        tolerance = max(TOLERANCE[operands], TOLERANCE[dtype])
+        assert_close(loss, want, tolerance[0])
+        for g, w in zip(grads, want_grads, strict=True):
+            rounding = 2.0**-25 * g.numel() ** 0.5 if g.dtype == torch.float16 else 0.0  # as in check_case
+            assert_close(g, w, tolerance[1], floor=rounding)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in HOT if c.numbers], ids=case_id)
+def test_a_gradient_scaler_scales_and_skips(case: LossCase, autocast: torch.dtype) -> None:
+    """Gradients of a scaled loss are those of the loss; where one row is infinite, the step is skipped, and the scale
+    halved."""
+    args, kwargs = case.inputs(9, 16, device=DEVICE)
+    wanted = leaves(args, kwargs)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**16)
+    optimizer = torch.optim.SGD(wanted, lr=0.1)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, dtype=autocast):
+            loss = getattr(functional, case.name)(*args, **kwargs)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+
+    with torch.autocast(DEVICE, dtype=autocast):
+        _, want = loss_and_grads(getattr(functional, case.name), args, kwargs)
+    backward()
+    for leaf, w in zip(wanted, want, strict=True):
+        assert_close(leaf.grad, w, 1e-6)  # scaled by a power of 2: bit for bit, but for fp16 weights
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**16
+    with torch.no_grad():
+        args[0][2] = math.inf
+    before = [t.detach().clone() for t in wanted]
+    backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**15
+    assert all(map(torch.equal, before, wanted))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
@@ -397,6 +441,49 @@ def test_no_backward_buffers_without_a_gradient() -> None:
     with_grad = peak_bytes(lambda: functional.info_nce(q.requires_grad_(), k, k, temperature=0.1))
     frozen = peak_bytes(lambda: functional.info_nce(q.detach(), k, k, temperature=0.1))
     assert frozen <= with_grad - q.nbytes
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
+@pytest.mark.parametrize("case", HOT, ids=case_id)
+def test_whoever_wants_no_gradient_pays_for_none(case: LossCase) -> None:
+    """The same bytes for frozen rows, ``no_grad`` and ``inference_mode``, and the same bits."""
+    args, kwargs = case.inputs(301, 24)
+    function = getattr(functional, case.name)
+
+    def frozen(t: Any) -> Any:
+        return t.detach() if isinstance(t, Tensor) else t
+
+    still = [frozen(a) for a in args], {name: frozen(value) for name, value in kwargs.items()}
+
+    def within(mode: Any) -> Any:
+        def step() -> Tensor:
+            with mode():
+                return function(*args, **kwargs)
+
+        return step
+
+    steps = [lambda: function(*still[0], **still[1]), within(torch.no_grad), within(torch.inference_mode)]
+    assert len({peak_bytes(step) for step in steps}) == 1
+    loss, *others = (step() for step in steps)
+    assert all(torch.equal(loss, other) and not other.requires_grad for other in others)
+    native.release_workspace()
+    assert peak_bytes(lambda: function(*args, **kwargs)) > peak_bytes(steps[0])  # so that it can be seen
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")
+@pytest.mark.parametrize("backend", ["native", "chunked"], indirect=True)
+def test_frozen_keys_cost_no_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward together; half of what the gradient of a queue takes is far more than all the rest."""
+    monkeypatch.setattr(_settings, "workspace_bytes", 0)
+    q, k = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+    queue = torch.randn(4096, 64)
+
+    def step() -> Any:
+        return torch.autograd.grad(functional.info_nce(q, k, queue, temperature=0.1), q)
+
+    frozen = peak_bytes(step)
+    queue.requires_grad_()
+    assert frozen <= peak_bytes(step) - queue.nbytes / 2
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

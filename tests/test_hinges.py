@@ -97,3 +97,16 @@ def test_nothing_of_the_size_of_the_matrix_is_stored() -> None:
 
     tiles = 12 * hinges._TILE * 8  # a handful, in fp64
     assert step(2048) < tiles and step(4096) < tiles < 4096 * 4096 * 8
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+def test_bits_do_not_depend_on_strides(distance: str) -> None:
+    (q, labels), (k, columns) = problem(23, torch.float32), problem(29, torch.float32, seed=1)
+    found = []
+    for by_columns in (False, True):
+        rows = [(t.detach().T.contiguous().T if by_columns else t.detach()).requires_grad_() for t in (q, k)]
+        sums = hinges.pair_hinges(
+            *rows, labels, columns, positive_margin=0.4, negative_margin=1.7, distance=distance
+        ).sums
+        found.append([sums.detach(), *torch.autograd.grad(sums.sum(), rows)])
+    assert all(map(torch.equal, *found))

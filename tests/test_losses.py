@@ -271,3 +271,17 @@ def test_half_modules_keep_the_loss_in_fp32(views: tuple[Tensor, Tensor]) -> Non
 def test_repr_says_what_it_does() -> None:
     assert repr(fastcl.NTXentLoss(0.1)) == "NTXentLoss(temperature=0.1, normalize=True, reduction='mean')"
     assert "temperature=learned" in repr(fastcl.DCLLoss(learn_temperature=True))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_views_in_one_half_under_autocast_to_the_other(
+    dtypes: tuple[torch.dtype, torch.dtype], views: tuple[Tensor, Tensor]
+) -> None:
+    """Which torch.cat and torch.roll refuse there."""
+    rows, autocast = dtypes
+    given = [view.to(rows) for view in views]
+    moco = fastcl.MoCoLoss(5, queue_size=12)
+    with torch.autocast("cpu", dtype=autocast):
+        found = fastcl.NTXentLoss()(*given), moco(given[0], given[1], given[1], given[0])
+    assert_close(found[0], fastcl.NTXentLoss()(*views), 2e-2)  # rows of unit length were rounded twice
+    assert found[1].isfinite() and moco.queue.pointer == 0

@@ -128,19 +128,19 @@ def test_same_bits_for_any_number_of_threads(symmetric: bool, keep: bool, dtype:
                 assert torch.equal(got, w)
 
 
-def test_same_bits_kept_or_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tiles kept, some of them, none; and bf16, which rounds what it keeps, within its tolerance."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_same_bits_kept_or_computed_again(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tiles kept, some of them, none."""
     p = pairs_of(700, 700, 24, symmetric=True)
+    p = p._replace(x=p.x.to(dtype), y=p.y.to(dtype))
     want = run("exp", p, native)
     for budget in (0, 2**19, 2**21):
         monkeypatch.setattr(_settings, "workspace_bytes", budget)
-        for got, w in zip(run("exp", p, native, keep=True), want, strict=True):
-            assert torch.equal(got, w)
-        assert bool(native._workspace.count) == (budget > 0)
-    half = p._replace(x=p.x.bfloat16(), y=p.x.bfloat16())
-    monkeypatch.setattr(_settings, "workspace_bytes", None)
-    for got, w in zip(run("exp", half, native, keep=True), run("exp", half, native), strict=True):
-        assert_close(got, w, 4e-3)
+        for link in ("exp", "softplus"):
+            kept = run(link, p, native, keep=True)
+            assert bool(native._workspace.count) == (budget > 0)
+            for got, w in zip(kept, want if link == "exp" else run(link, p, native), strict=True):
+                assert torch.equal(got, w)
 
 
 @pytest.mark.parametrize("what", ["rows", "keys", "scale", "another forward"])

@@ -80,7 +80,7 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(x)
-    wide = x.to(dtype)
+    wide = x.to(dtype).contiguous()  # as in _operands
     # Dividing by the largest entry first keeps squares in range: fp32 squares of 1e-30 would all be 0.
     largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     short = largest < torch.finfo(dtype).tiny
@@ -91,7 +91,7 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     length = length[:, None]
-    unit, grad = x.to(length.dtype) / length, grad.to(length.dtype)
+    unit, grad = x.to(length.dtype).contiguous() / length, grad.to(length.dtype).contiguous()
     return ((grad - unit * (unit * grad).sum(1, keepdim=True)) / length).to(x.dtype)
 
 

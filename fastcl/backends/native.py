@@ -3,7 +3,7 @@
 A logit is turned into its exponential while it is still in registers. The forward keeps its packed operands and
 those exponentials, tile by tile, while they fit into a workspace (256 MiB, or ``FASTCL_WORKSPACE_MB``); a backward
 over exactly the same operands reads them back and computes only the rest again. There is one workspace in a process,
-it belongs to the last forward, and results do not depend on it, except that bf16 rows round what is kept. fp64 rows
+it belongs to the last forward, and no bit of a result depends on it: other threads may have it at any time. fp64 rows
 are served by plain loops, which keep nothing.
 """
 

@@ -11,8 +11,9 @@ from ..pairwise import l2_normalize, operand_dtype
 
 
 def unit(rows: Tensor, normalize: bool) -> Tensor:
+    """Rows as a formula takes them: contiguous, so that sums, and those of gradients, add in one order."""
     _checks.flag(normalize=normalize)
-    return l2_normalize(rows) if normalize else rows
+    return l2_normalize(rows) if normalize else rows.contiguous()
 
 
 def reduced(loss: Tensor, reduction: str, weights: Tensor | None = None, *, counted: Tensor | None = None) -> Tensor:

@@ -70,7 +70,8 @@ def supcon(
         loss = positives.clamp(min=1).to(p.dtype).log() - logsigmoid(torch.where(counted, p, 0) - n)
     else:
         # The mean over positives of a linear function is a function of the class sum: no matrix is needed.
-        p = row_dot(q, class_sums(z, labels)[first_rows]) * scale / positives.clamp(min=1)
+        rows = operand(z)
+        p = (rows[first_rows] * class_sums(rows, labels)[first_rows]).sum(1) * scale / positives.clamp(min=1)
         # A row with one positive takes the accurate form, whose negatives do not contain that positive.
         lone = count == 2
         n = pair_logsumexp(q, k, scale=scale, drop=keys(torch.where(lone, first, arange(z))))

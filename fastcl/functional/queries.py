@@ -295,9 +295,10 @@ def n_pair(
         A scalar, or ``(B,)`` for ``reduction="none"``.
     """
     number("l2", l2, low=0.0)
-    loss = info_nce(q, k, temperature=1.0, reduction="none", normalize=normalize)
+    _checks.same_rows(q=q, k=k)
+    q, k = unit(q, normalize), unit(k, normalize)
+    loss = info_nce(q, k, temperature=1.0, reduction="none")
     if l2:
-        q, k = unit(q, normalize), unit(k, normalize)
         loss = loss + l2 / 4 * (row_dot(q, q) + row_dot(k, k))
     return reduced(loss, reduction, weights)
 
@@ -409,7 +410,7 @@ def _own_dots(q: Tensor, own: Tensor, normalize: bool) -> Tensor:
 
 def _sum_of_dots(q: Tensor, k: Tensor) -> Tensor:
     """Sum of the inner products of every row with all rows of ``k``, ``(M,)``."""
-    return (operand(q) * operand(k).contiguous().sum(0)).sum(1)
+    return (operand(q) * operand(k).sum(0)).sum(1)
 
 
 def _logsumexp(s: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from .. import _checks
 from .._checks import Scalar, number, sentence
-from ..pairwise import contrastive, merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
+from ..pairwise import contrastive, joined, merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
 from ._arguments import arange, inverse, reduced, unit
 from .labels import positive_pairs
 
@@ -81,7 +81,7 @@ def nt_xent(
             weights = count.to(loss.dtype) if weights is None else weights * count
         return reduced(loss, reduction, weights)
     # a view's other views stand whole batches away, so its few positives cost no pass over all pairs
-    terms = [-logsigmoid(row_dot(z, z.roll(-shift * batch, 0)) * scale - n) for shift in range(1, views)]
+    terms = [-logsigmoid(row_dot(z, _later(z, shift * batch)) * scale - n) for shift in range(1, views)]
     return reduced(torch.stack(terms).mean(0), reduction, weights)
 
 
@@ -197,7 +197,7 @@ def hard_nt_xent(
     z = unit(z, normalize)
     batch = z.shape[0] // 2
     scale = inverse(temperature, z)
-    positive = row_dot(z, z.roll(batch, 0)) * scale
+    positive = row_dot(z, _later(z, batch)) * scale
     image, log_count = arange(z) % max(batch, 1), math.log(max(2 * batch - 2, 1))
     n = pair_logsumexp(z, scale=(1 + beta) * scale, drop=image)
     if beta:
@@ -248,5 +248,10 @@ def _two_views(z: Tensor, temperature: Scalar, normalize: bool) -> tuple[Tensor,
     z = unit(z, normalize)
     batch = z.shape[0] // 2
     scale = inverse(temperature, z)
-    cosine = row_dot(z, z.roll(batch, 0))
+    cosine = row_dot(z, _later(z, batch))
     return cosine * scale, pair_logsumexp(z, scale=scale, drop=arange(z) % max(batch, 1)), cosine
+
+
+def _later(z: Tensor, rows: int) -> Tensor:
+    """The row that stands so many rows after each, as if the last were followed by the first."""
+    return joined(z[rows:], z[:rows])
