@@ -134,7 +134,7 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "4a",
             "a wrong kernel is noticed: by the tests, by `fastcl selftest`, and before Triton becomes the default",
-            "wrong gradients and sums in the place of the kernels'; a bug for every invariant; examples with shuffled pairs",
+            "wrong gradients and sums for the kernels'; a bug for every invariant; examples with shuffled pairs",
             (
                 *_all(FUNCTIONAL, "a_wrong_gradient_is_noticed", "a_wrong_sum_is_noticed"),
                 *_all("tests/test_cli.py::test_", "selftest_catches_a_wrong_gradient", "selftest_catches_a_wrong_loss"),
@@ -156,8 +156,8 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "7",
             "any number of rows, any number of features, any strides, one tensor on both sides",
-            "odd sizes; rows, biases, keys and upstream gradients spread, transposed, at an odd offset, overlapping: the "
-            "bits are those of contiguous copies",
+            "odd sizes; rows, biases, keys and upstream gradients spread, transposed, at an odd offset, overlapping: "
+            "the bits are those of contiguous copies",
             (
                 *_all(FUNCTIONAL, "matches_reference", "non_contiguous_rows_give_the_same_bits"),
                 *_all(
@@ -183,8 +183,8 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "9",
             "nothing is read or written outside of a tensor",
-            "NaN before, behind and between rows, biases, keys, ceilings, guides and upstream gradients; canaries round "
-            "outputs and every allocation; C++ kernels, and Triton's in the interpreter",
+            "NaN before, behind and between rows, biases, keys, ceilings, guides and upstream gradients; canaries "
+            "round outputs and every allocation; C++ kernels, and Triton's in the interpreter",
             (
                 *_all(NATIVE, "reads_nothing_beside_its_inputs", "writes_nothing_beside_its_outputs"),
                 *_all(TRITON, "guard_bands", "writes_nothing_beside_its_outputs"),
