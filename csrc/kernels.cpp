@@ -325,8 +325,7 @@ FORCE void round_as_kept(V (&c)[MR][2]) {
 #ifdef FASTCL_BF16
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
-    for (int h = 0; h < 2; h++)
-      c[r][h] = (V)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)c[r][h]));
+    for (int h = 0; h < 2; h++) c[r][h] = (V)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)c[r][h]));
 #else
   (void)c;
 #endif
