@@ -242,19 +242,18 @@ def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pyte
     check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
 
 
-def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType) -> None:
+def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every processor has work: the last split has fewer tiles than the others."""
+    found: list[int] = []
+    splits = _cuda._splits
+    monkeypatch.setattr(_cuda, "_splits", lambda *args: (found.append(splits(*args)), found[-1])[1])
     pairs = two_sets(40, 650, 40, torch.bfloat16, False)
-    assert _cuda._splits(pairs.x.device, 1, 11) == 4
     exact = in_fp64(pairs)
     row, _ = chunked.reduce("exp", exact, False, True)
     sides = Sides(row, torch.linspace(0.5, 1.5, 40).double())
-    dx, _, row_sum, *_ = _cuda.grad(
-        "exp", pairs, Sides(*(t if t is None else t.float() for t in sides)), True, False, True
-    )
-    want, _, want_sum, _ = chunked.grad("exp", exact, sides, True, False, True)
-    assert_close(dx, want, GRADIENT[torch.bfloat16])
-    assert_close(row_sum, want_sum, 1e-4)
+    dx = _cuda.grad("exp", pairs, Sides(*(t if t is None else t.float() for t in sides)), True, False, False)[0]
+    assert max(found) > 2
+    assert_close(dx, chunked.grad("exp", exact, sides, True, False, False)[0], GRADIENT[torch.bfloat16])
 
 
 def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
