@@ -328,8 +328,8 @@ _FORMULAS = [
     ),
     Mutant(
         "formulas", _VIEWS,
-        "row_dot(z, z.roll(-shift * batch, 0)) * scale - n",
-        "row_dot(z, z.roll(-shift, 0)) * scale - n",
+        "row_dot(z, _later(z, shift * batch)) * scale - n",
+        "row_dot(z, _later(z, shift)) * scale - n",
         "NT-Xent: the partner is the next row, as of views that alternate",
         (_loss("nt_xent"),),
     ),

@@ -314,12 +314,18 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "30",
             "it installs without a compiler and without a GPU",
-            "torch runs, and a sentence says why",
+            "torch runs, and a sentence says why; what is in the files that are released",
             (
                 NATIVE + "without_the_module_torch_runs_and_a_sentence_says_why",
                 "tests/test_build.py::test_a_failure_has_the_words_of_the_compiler_and_stops_nothing_else",
                 "tests/test_package.py",
             ),
+        ),
+        Promise(
+            "30a",
+            "the source distribution, a wheel with kernels and one without install where only torch is, and compute",
+            "built from a clean clone, installed in an environment of its own; a loss compared, `fastcl selftest`",
+            command="python .ci/release.py",
         ),
         Promise(
             "31",
@@ -381,8 +387,14 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "29",
             "every GPU since Turing",
-            "every kernel and tile compiled ahead of time for seven architectures: shared memory, no spills but those "
-            "allowed, matrix instructions",
+            "kernels compiled ahead of time for seven architectures: shared memory, no spills but those allowed, matrix "
+            "instructions",
+            ("tests/test_aot.py",),
+        ),
+        Promise(
+            "29a",
+            "with every tile that a table has",
+            "the same, of all",
             record="aot.json",
         ),
         Promise(
