@@ -387,8 +387,8 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "29",
             "every GPU since Turing",
-            "kernels compiled ahead of time for seven architectures: shared memory, no spills but those allowed, matrix "
-            "instructions",
+            "kernels compiled ahead of time for seven architectures: shared memory, no spills but those allowed, "
+            "matrix instructions",
             ("tests/test_aot.py",),
         ),
         Promise(

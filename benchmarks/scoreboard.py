@@ -21,10 +21,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from . import record
 from .aot import Compiled, faults
 from .promises import PROMISES, Promise
 
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     known = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
     merged = {row["row"]: row for row in (*known, *rows)}
     order = [promise.row for promise in PROMISES if promise.row in merged]
-    text = json.dumps({"rows": [merged[row] for row in order]}, indent=1, ensure_ascii=False)
-    args.json.write_text(text + "\n", encoding="utf-8")
+    record.write(args.json, {"rows": [merged[row] for row in order]})
     return int(any(row["outcome"] == FAIL for row in rows))
 
 
@@ -67,17 +66,12 @@ def proved(promises: Iterable[Promise], workers: str) -> list[dict[str, Any]]:
 
     gpu = torch.cuda.is_available()
     here = [promise for promise in promises if gpu or not promise.needs_gpu]
-    tests = tested(sorted({test for promise in here for test in promise.tests}), workers)
     machine = {**_info.machine(), "gpu": torch.cuda.get_device_name() if gpu else None}
-    today = {
-        "date": date.today().isoformat(),
-        "commit": _info.commit(),
-        "machine": machine,
-        "versions": _info.versions(),
-    }
+    begun = {**_info.provenance(""), "machine": machine}
+    tests = tested(sorted({test for promise in here for test in promise.tests}), workers)
     rows = []
     for promise in promises:
-        row = {"row": promise.row, "command": f"python -m benchmarks.scoreboard --only {promise.row}", **today}
+        row = {"row": promise.row, **begun, "command": f"python -m benchmarks.scoreboard --only {promise.row}"}
         if promise not in here:
             row |= {"outcome": NOT_RUN, "figure": "needs a CUDA device"}
         elif promise.record:
@@ -154,25 +148,25 @@ def of_record(name: str) -> dict[str, Any]:
     file = RESULTS / name
     if not file.exists():
         return {"outcome": NOT_RUN, "figure": f"no benchmarks/results/{name} yet"}
-    record = json.loads(file.read_text(encoding="utf-8"))
-    made = {key: record[key] for key in ("command", "date", "commit", "machine", "versions") if key in record}
-    good, figure = RECORDS[name](record)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    made = {key: result[key] for key in ("command", "date", "commit", "machine", "versions") if key in result}
+    good, figure = RECORDS[name](result)
     return {**made, "outcome": PASS if good else FAIL, "figure": figure}
 
 
-def _mutants(record: dict[str, Any]) -> tuple[bool, str]:
-    killed = sum(row["outcome"] == "killed" for row in record["rows"])
-    return killed == len(record["rows"]), f"{killed} of {len(record['rows'])} mutants killed"
+def _mutants(result: dict[str, Any]) -> tuple[bool, str]:
+    killed = sum(row["outcome"] == "killed" for row in result["rows"])
+    return killed == len(result["rows"]), f"{killed} of {len(result['rows'])} mutants killed"
 
 
-def _aot(record: dict[str, Any]) -> tuple[bool, str]:
-    rows, failed = [Compiled(**row) for row in record["rows"]], record["not_compiled"]
+def _aot(result: dict[str, Any]) -> tuple[bool, str]:
+    rows, failed = [Compiled(**row) for row in result["rows"]], result["not_compiled"]
     wrong = len(faults(rows)) + len(failed)
     return not wrong, f"{len(rows):,} kernels for {len({row.arch for row in rows})} architectures, {wrong} with a fault"
 
 
-def _digits(record: dict[str, Any]) -> tuple[bool, str]:
-    checks = record["checks"]
+def _digits(result: dict[str, Any]) -> tuple[bool, str]:
+    checks = result["checks"]
     return all(checks.values()), f"{sum(checks.values())} of {len(checks)} requirements"
 
 
