@@ -64,6 +64,15 @@ WRONGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _OF_ROWS = 9  # those from here on want two rows
 
+# Assertions that are not asked, by the file or the test that makes them.
+EXCEPT = {
+    "drawn.py": "what drawn inputs give may be as small as its rounding; every invariant has a planted bug of its own",
+    "test_invariants.py": "the same",
+    "test_a_step_in_16_bits_is_nearly_the_step_in_32": "a network in 16 bits is itself a per cent off",
+    "test_few_label_probe_is_each_draw_by_itself": "two minimisations end a tenth of a point apart",
+    "test_losses_reach_the_fused_operator": "compared with rows that were not rounded to bf16",
+}
+
 # A wrong is one where it moves what came by this much: a row of zeros is not missed, nor a symmetric matrix transposed.
 LEAST = 0.005
 
@@ -92,7 +101,8 @@ def wrongs(got: Tensor, want: Tensor) -> Iterator[tuple[str, Tensor]]:
 class Watch:
     """What was seen in one test."""
 
-    def __init__(self) -> None:
+    def __init__(self, test: str = "") -> None:
+        self.test = test
         self.asked = 0
         self.planted: Counter[str] = Counter()
         self.accepted: list[str] = []
@@ -101,7 +111,7 @@ class Watch:
 
     def plant(self, kind: str, got: Tensor, want: Tensor, holds: Callable[[Tensor], bool]) -> None:
         """Ask an assertion that holds of ``got`` about everything that is wrong with it."""
-        if self.inside:
+        if self.inside or EXCEPT.keys() & {self.test, _caller().partition(":")[0]}:
             return
         self.asked += 1
         with self.one():
@@ -229,7 +239,7 @@ def pytest_sessionstart() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     global watch
-    watch = Watch()
+    watch = Watch(item.name.partition("[")[0])
     try:
         return (yield)
     finally:

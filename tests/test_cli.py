@@ -329,4 +329,8 @@ print(*new)
 """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
-    assert {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names} == _IMPORTED
+    # torch 2.6 imports SymPy and more of itself to register an operator
+    ours = {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names}
+    if torch.__version__.startswith("2.6."):
+        ours = {name for name in ours if name.split(".")[0] not in ("torch", "sympy", "mpmath")}
+    assert ours == _IMPORTED

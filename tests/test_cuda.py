@@ -396,7 +396,7 @@ def check_contrastive(
     assert_close(loss, want, 1e-6 + 1e-6 * scale, what="loss")
     for got, exact in zip((dx, dy), wanted[: len(rows)], strict=False):
         assert_close(got, exact, limit, floor=1e-12)
-    assert_close(dscale, wanted[-1], 4 * limit, floor=1e-12, what="scale")  # a sum of terms of either sign
+    assert_close(dscale, wanted[-1], min(4 * limit, 5e-3), floor=1e-12, what="scale")  # terms of either sign
 
 
 @each_half

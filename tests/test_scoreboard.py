@@ -140,7 +140,9 @@ def test_every_promise_has_a_proof_that_is_there(promise: Promise) -> None:
 def test_the_board_has_every_row_and_none_that_failed() -> None:
     assert len({promise.row for promise in PROMISES}) == len(PROMISES)
     rows = {row["row"]: row for row in json.loads(scoreboard.BOARD.read_text(encoding="utf-8"))["rows"]}
-    assert rows.keys() == {promise.row for promise in PROMISES}
+    (whole,) = (promise.row for promise in PROMISES if promise.tests == ("tests",))  # of which this test is one
+    rows.pop(whole, None)
+    assert rows.keys() == {promise.row for promise in PROMISES} - {whole}
     wrong = {row["row"]: row["figure"] for row in rows.values() if row["outcome"] == "fail"}
     assert not wrong
     idle = {row["row"] for row in rows.values() if row["outcome"] == "not run"}

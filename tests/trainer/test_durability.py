@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,15 @@ def test_an_overflow_of_fp16_is_left_to_the_scaler(tmp_path: Path, monkeypatch: 
     assert result["skipped_batches"] == 0 and scales[1]["scaler"]["scale"] == 2.0**15  # it begins with 2 ** 16
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Interrupts as at a terminal: what nohup or a shell's ``&`` starts ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_its_step(
     number: int,
@@ -293,6 +302,7 @@ def test_a_signal_ends_a_run_after_its_step(
     same_run(folder, short_run[0])
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
 
@@ -332,6 +342,7 @@ def test_signals_are_left_alone_outside_the_main_thread_and_where_they_are_ignor
         signal.signal(signal.SIGTERM, before[0])
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_signal_that_came_too_late_for_a_step_is_handed_on() -> None:
     with pytest.raises(KeyboardInterrupt), requests(insist=True) as request:
         signal.raise_signal(signal.SIGINT)
