@@ -127,8 +127,8 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
         Promise(
             "4",
             "no numeric assertion is vacuous",
-            "every one that holds is asked again about sixteen wrong results: zero, negated, doubled, 1 % large, a row or "
-            "a column off, a row missing, one NaN ...; `tests/planted.py` names the few that are not asked, and says why",
+            "every one that holds is asked again about sixteen wrong results: zero, negated, doubled, 1 % large, a row "
+            "or a column off, a row missing, one NaN ...; `tests/planted.py` names the few that are not asked, and why",
             ("tests",),
         ),
         Promise(

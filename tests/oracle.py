@@ -50,7 +50,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, *, floor: float = 
 
 def or_nothing(want: Tensor, least: float) -> tuple[Tensor, float]:
     """What is expected and how far from it a result may be: 0 where ``want`` is so small that it is 0 in theory."""
-    return (torch.zeros_like(want), least) if float(want.norm()) < least else (want, 0.0)
+    return (torch.zeros_like(want), least) if float(want.detach().norm()) < least else (want, 0.0)
 
 
 def as_double(value: Any) -> Any:
