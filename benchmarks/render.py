@@ -458,6 +458,9 @@ def promises(result: dict[str, Any], section: str) -> str:
     for promise in SECTIONS[section]:
         row = known.get(promise.row, {"outcome": "not run", "figure": ""})
         figure = row["figure"] if row["outcome"] == "pass" else f"**{row['outcome']}**: {row['figure']}"
+        if errors := row.get("largest_error_by_bound"):
+            bound = max(errors, key=lambda bound: errors[bound] / float(bound))
+            figure += f"; nearest to a bound: {errors[bound]:.1e} of {bound}"
         by = [*promise.tests, *filter(None, [promise.command, promise.record and row.get("command")])]
         rows.append([promise.row, promise.text, promise.proof, figure, ", ".join(f"`{words}`" for words in by)])
     return markdown(["", "promise", "how it is proved", "figure", "by"], rows)
