@@ -458,7 +458,7 @@ def promises(result: dict[str, Any], section: str) -> str:
     for promise in SECTIONS[section]:
         row = known.get(promise.row, {"outcome": "not run", "figure": ""})
         figure = row["figure"] if row["outcome"] == "pass" else f"**{row['outcome']}**: {row['figure']}"
-        if errors := row.get("largest_error_by_bound"):
+        if errors := {b: e for b, e in row.get("largest_error_by_bound", {}).items() if float(b) > 0}:
             bound = max(errors, key=lambda bound: errors[bound] / float(bound))
             figure += f"; nearest to a bound: {errors[bound]:.1e} of {bound}"
         by = [*promise.tests, *filter(None, [promise.command, promise.record and row.get("command")])]

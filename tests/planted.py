@@ -130,8 +130,8 @@ class Watch:
             self.inside = before
 
     def note(self, bound: float, error: float) -> None:
-        if not self.inside:
-            key = f"{bound:.0e}"
+        if not self.inside and bound > 0:
+            key = f"{bound:.3g}"
             self.nearest[key] = max(self.nearest.get(key, 0.0), error)
 
 
