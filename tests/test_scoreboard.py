@@ -137,12 +137,14 @@ def test_every_promise_has_a_proof_that_is_there(promise: Promise) -> None:
     assert not promise.record or promise.record in scoreboard.RECORDS
 
 
+def test_the_board_in_the_making_is_not_judged() -> None:
+    assert scoreboard.OF_THE_BOARD.endswith(f"::{test_the_board_has_every_row_and_none_that_failed.__name__}")
+
+
 def test_the_board_has_every_row_and_none_that_failed() -> None:
     assert len({promise.row for promise in PROMISES}) == len(PROMISES)
     rows = {row["row"]: row for row in json.loads(scoreboard.BOARD.read_text(encoding="utf-8"))["rows"]}
-    (whole,) = (promise.row for promise in PROMISES if promise.tests == ("tests",))  # of which this test is one
-    rows.pop(whole, None)
-    assert rows.keys() == {promise.row for promise in PROMISES} - {whole}
+    assert rows.keys() == {promise.row for promise in PROMISES}
     wrong = {row["row"]: row["figure"] for row in rows.values() if row["outcome"] == "fail"}
     assert not wrong
     idle = {row["row"] for row in rows.values() if row["outcome"] == "not run"}
