@@ -57,6 +57,7 @@ def main(keep: str | None = None) -> None:
             try_in_new_environment(folder / str(number), file, kind)
         if keep:
             shutil.copytree(dist, keep, dirs_exist_ok=True)
+        print(f"built, installed and tried: {sdist.name}, {native.name}, {pure.name}")
 
 
 def try_in_new_environment(folder: Path, file: Path, kind: str) -> None:
