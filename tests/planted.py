@@ -266,8 +266,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         test["outcome"] = report.outcome
     if report.skipped:
         test["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    properties = dict(report.user_properties)
-    test.update(**properties.pop("planted", {}), **properties)
+    test.update(dict(report.user_properties).get("planted", {}))
 
 
 def accepted(tests: dict[str, dict[str, Any]]) -> list[str]:
