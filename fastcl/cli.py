@@ -9,21 +9,21 @@ and the text is printed as well. Exit code 0: done; 1: a check failed; 2: a mist
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import trainer
 from ._checks import sentence
+from ._output import add_json, check_folder, say, show
 from ._version import __version__
 from .trainer import command, evaluation
 from .trainer.errors import TrainError
 
-_STDOUT = "-"
 _BENCH_FLAGS: set[str] = set()  # names of what only `fastcl bench` knows
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = ["info", *words]
     args = _parser().parse_args(words)
     try:
-        _check_folder("--json", getattr(args, "json", None))
+        check_folder("--json", getattr(args, "json", None))
         code: int = args.execute(args)
     except BrokenPipeError:  # as in `fastcl info | head`; the interpreter's last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,9 +58,7 @@ def _info(args: argparse.Namespace) -> int:
     from . import _info
 
     report = _info.report()
-    if args.json != _STDOUT:
-        print(_info.text(report))
-    _write_json(report, args.json)
+    show(report, _info.text(report), args.json)
     return 0
 
 
@@ -68,9 +66,7 @@ def _selftest(args: argparse.Namespace) -> int:
     from . import _selftest
 
     result = _selftest.run()
-    if args.json != _STDOUT:
-        print(_selftest.text(result))
-    _write_json(result, args.json)
+    show(result, _selftest.text(result), args.json)
     return 0 if result["passed"] else 1
 
 
@@ -87,16 +83,12 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError(sentence(got, expected, "See fastcl bench --help."))
     drawn = getattr(args, "plots" if by_peers else "plot", None)
     if not by_peers:
-        _check_folder("--plot", drawn)
+        check_folder("--plot", drawn)
     if drawn:
         _bench.need_matplotlib()  # before minutes of measuring, not after
-
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr if args.json == _STDOUT else sys.stdout, flush=True)
-
     given = {name: value for name, value in vars(args).items() if name in _BENCH_FLAGS - {"plot", "plots"}}
-    result = measure.run(measure.Settings(**given), progress)
-    _write_json(result, args.json)
+    result = measure.run(measure.Settings(**given), partial(say, file=args.json))
+    show(result, None, args.json)
     if drawn:
         measure.plot(result, drawn)
     return 0
@@ -105,11 +97,8 @@ def _bench(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from . import _tune
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json == _STDOUT else sys.stdout, flush=True)
-
-    result = _tune.run(_tune.Settings(**{f.name: getattr(args, f.name) for f in fields(_tune.Settings)}), say)
-    _write_json(result, args.json)
+    settings = _tune.Settings(**{f.name: getattr(args, f.name) for f in fields(_tune.Settings)})
+    show(_tune.run(settings, partial(say, file=args.json)), None, args.json)
     return 0
 
 
@@ -119,14 +108,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     result = evaluation.evaluate(args.run, args.probe, epochs=args.epochs, device=args.device)
-    if args.json != _STDOUT:
-        print(f"{evaluation.table(result)}\n\nwritten to {Path(args.run) / 'evaluation.json'}")
-    _write_json(result, args.json)
+    text = f"{evaluation.table(result)}\n\nwritten to {Path(args.run) / 'evaluation.json'}"
+    show(result, text, args.json)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    _check_folder("--to", args.to)
+    check_folder("--to", args.to)
     about = trainer.export(args.run, args.to)
     print("\n".join([f"{args.to}:", *(f"  {name:<12}{value}" for name, value in about.items())]))
     return 0
@@ -146,25 +134,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     info = commands.add_parser("info", help="what is installed, which devices and backends there are, and why")
-    _add_json(info)
+    add_json(info)
     info.set_defaults(execute=_info)
 
     selftest = commands.add_parser(
         "selftest", help="check every backend of this machine against fp64, in about ten seconds"
     )
-    _add_json(selftest)
+    add_json(selftest)
     selftest.set_defaults(execute=_selftest)
 
     bench = commands.add_parser("bench", help="time and peak memory, dense against fastcl, or against other libraries")
     _add_bench(bench)
-    _add_json(bench)
+    add_json(bench)
     bench.set_defaults(execute=_bench)
 
     tune = commands.add_parser(
         "tune", help="measure other tiles of the Triton kernels on this GPU, and keep the faster ones"
     )
     _add_tune(tune)
-    _add_json(tune)
+    add_json(tune)
     tune.set_defaults(execute=_tune)
 
     train = commands.add_parser("train", help="train an encoder on images, and probe it")
@@ -173,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="probe the last checkpoint of a run, or fine-tune it")
     _add_evaluate(evaluate)
-    _add_json(evaluate)
+    add_json(evaluate)
     evaluate.set_defaults(execute=_evaluate)
 
     export = commands.add_parser("export", help="write the encoder of a run for torchvision, timm, ONNX or detectron2")
@@ -278,16 +266,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute (default: that of the run)")
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const=_STDOUT,
-        metavar="FILE",
-        help="print JSON in place of the text, or write it to FILE beside the text",
-    )
-
-
 def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
@@ -297,17 +275,3 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
-
-
-def _check_folder(flag: str, file: str | None) -> None:
-    folder = Path(file or ".").parent
-    if not folder.is_dir():
-        raise FileNotFoundError(sentence(f"{flag} {file}", "a file in a folder that exists", f"Create {folder} first."))
-
-
-def _write_json(data: dict[str, Any], file: str | None) -> None:
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    if file == _STDOUT:
-        sys.stdout.write(text)
-    elif file is not None:
-        Path(file).write_text(text, encoding="utf-8")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .._output import add_json, show
 from .checkpoint import has_checkpoint
 from .config import SECTIONS, TrainConfig, load_config
 from .errors import TrainError
@@ -18,7 +18,6 @@ from .outcome import table
 from .presets import PRESETS, preset
 from .ranks import launched
 
-_STDOUT = "-"
 _METAVAR: dict[type, str] = {int: "N", float: "X"}
 
 
@@ -54,13 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a setting by its name in config.json, null or false included; a flag wins",
     )
-    group.add_argument(
-        "--json",
-        nargs="?",
-        const=_STDOUT,
-        metavar="FILE",
-        help="print JSON in place of the table, or write it to FILE beside the table",
-    )
+    add_json(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,13 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + (signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM)
     if not launched().first:
         return 0
-    text = json.dumps(result, indent=2)
-    if args.json == _STDOUT:
-        print(text)
-        return 0
-    if args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print(f"{table(result)}\n\nrun folder: {folder}")
+    show(result, f"{table(result)}\n\nrun folder: {folder}", args.json)
     return 0
 
 

@@ -41,11 +41,17 @@ def test_shuffled_keys_and_the_batchnorm_of_two_ranks_are_those_of_two_splits(tm
     assert_two_are_one(tmp_path, one, two, 1e-12)
 
 
+def torchrun(folder: Path) -> list[str]:
+    """Arguments of Python before a script of two ranks, whose launcher writes into this folder alone."""
+    logs = ["--log-dir", str(folder / "logs")]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *logs]
+
+
 def assert_two_are_one(folder: Path, of_one: list[str], of_two: list[str], tolerance: float) -> None:
     """The run of one process ends with the weights and losses of that of two ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     one, two = folder / "one", folder / "two"
-    for code, text in together([[SCRIPT, str(one), *of_one], [*torchrun, SCRIPT, str(two), *of_two]], 120):
+    two_ranks = [*torchrun(folder), SCRIPT, str(two), *of_two]
+    for code, text in together([[SCRIPT, str(one), *of_one], two_ranks], 120):
         assert code == 0, text[-3000:]
     weights = [torch.load(run / "checkpoint.pt", weights_only=True)["method"] for run in (one, two)]
     for name, want in weights[0].items():
@@ -69,11 +75,9 @@ def test_what_one_rank_finds_broken_all_know(tmp_path: Path) -> None:
     )
     options = RUN | {"steps": 2, "probe_every": 2, "checkpoint_every": 2, "image_size": 8}
     given = json.dumps(options | {"data": "imagefolder", "data_dir": str(tmp_path / "data")})
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = [tmp_path / "one", tmp_path / "two"]
-    for code, text in together(
-        [[str(script), str(runs[0]), given], [*torchrun, str(script), str(runs[1]), given]], 120
-    ):
+    two_ranks = [*torchrun(tmp_path), str(script), str(runs[1]), given]
+    for code, text in together([[str(script), str(runs[0]), given], two_ranks], 120):
         assert code == 0, text[-3000:]
     one, two = (torch.load(run / "checkpoint.pt", weights_only=True)["data"]["decoded"] for run in runs)
     assert torch.equal(one, two) and set(one.tolist()) == {0, 1, 2}
