@@ -183,6 +183,8 @@ struct Block {
   std::vector<unsigned char> shared;
   size_t shared_bytes = 0;
   Fiber scheduler;
+  const void* scheduler_stack = nullptr;  // and its size: AddressSanitizer must know where a fiber returns to
+  size_t scheduler_stack_size = 0;
   std::function<void()> body;
   std::exception_ptr error;
 };
@@ -268,12 +270,12 @@ inline void show_to_copies(uint32_t address, size_t bytes) {
 inline void leave() {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(thread->done ? nullptr : &fake, nullptr, 0);
+  __sanitizer_start_switch_fiber(thread->done ? nullptr : &fake, block->scheduler_stack, block->scheduler_stack_size);
 #endif
   Thread* self = thread;
   Fiber::change(self->fiber, block->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(fake, &block->scheduler_stack, &block->scheduler_stack_size);
 #endif
 }
 
@@ -291,7 +293,7 @@ inline void enter(Thread& t) {
 
 inline void run_thread() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
 #endif
   try {
     block->body();
