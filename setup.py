@@ -56,7 +56,7 @@ def cpu_objects(compiler):
         for name, flags in TABLES.items()
     }
     kernels = {name: ("csrc/kernels.cpp", [*compiler, *FLAGS, *flags]) for name, flags in own.items()}
-    others = ("engine", "doubles", "normalize", "pool")
+    others = ("engine", "doubles", "normalize", "contrastive", "pool")
     return kernels | {name: (f"csrc/{name}.cpp", [*compiler, *FLAGS]) for name in others}
 
 

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "contrastive.hpp"
 #include "doubles.hpp"
 #include "engine.hpp"
 #include "normalize.hpp"
@@ -143,14 +144,35 @@ PYBIND11_MODULE(_C, module) {
           Free());
   module.def(
       "normalize",
-      [](const RowsTuple& x, int threads, Address unit, Address length) {
-        fastcl::normalize(rows(x), threads, at<void>(unit), at<void>(length));
+      [](const RowsTuple& x, int threads, int dtype, Address unit, Address length) {
+        fastcl::normalize(rows(x), threads, fastcl::Dtype(dtype), at<void>(unit), at<void>(length));
       },
       Free());
   module.def(
       "normalize_grad",
       [](const RowsTuple& x, Address length, const RowsTuple& grad, int threads, Address dx) {
         fastcl::normalize_grad(rows(x), at<void>(length), rows(grad), threads, at<void>(dx));
+      },
+      Free());
+  module.def(
+      "losses",
+      [](const RowsTuple& z, float scale, i64 anchors, Address lse, Address positive, int threads, Address loss) {
+        fastcl::losses({rows(z), scale}, {anchors, at<float>(lse), at<float>(positive)}, threads, at<float>(loss));
+      },
+      Free());
+  module.def(
+      "upstreams",
+      [](i64 anchors, Address lse, Address positive, Address grad, i64 stride, Address grad_of_lse, Address kept_lse) {
+        fastcl::upstreams({anchors, at<float>(lse), at<float>(positive)}, at<float>(grad), stride,
+                          at<float>(grad_of_lse), at<float>(kept_lse));
+      },
+      Free());
+  module.def(
+      "restore",
+      [](const RowsTuple& z, float scale, const RowsTuple& x, Address length, i64 first, i64 anchors,
+         Address grad_of_lse, Address dz, i64 pitch, int threads, Address dx, Address dots) {
+        fastcl::restore({rows(z), scale}, rows(x), at<float>(length), first, anchors, at<float>(grad_of_lse),
+                        at<float>(dz), pitch, threads, at<void>(dx), at<float>(dots));
       },
       Free());
 #ifdef FASTCL_CUDA

@@ -25,7 +25,7 @@
                     if `normalize`, and what its gradient needs. Anchors are the rows of x, and with `both` then those
                     of y; p is the logit of a row with its partner, n_a its log-sum-exp over the other rows. Without y,
                     x is stacked (2B, D): rows i and i + B are partners, and every row is an anchor against all others.
-                    Only some backends have it; it equals the composition of the above.
+                    Only some backends have it; it equals the composition of the above. `keep`: its gradient follows.
     contrastive_grad -> gradients of x, y, and dots whose sum is the gradient of the scale (twice it without y)
     pair_topk    -> the largest s_ij of every row, descending (M, K), and their j (M, K);
                     -inf and -1 where fewer pairs are kept
@@ -68,7 +68,7 @@ torch.library.define(
 torch.library.define("fastcl::pair_topk", f"({_PAIRS}, int topk, str backend) -> (Tensor, Tensor)")
 torch.library.define(
     "fastcl::contrastive",
-    "(Tensor x, Tensor? y, Tensor scale, ScalarType dtype, bool normalize, bool both, str backend) "
+    "(Tensor x, Tensor? y, Tensor scale, ScalarType dtype, bool normalize, bool both, bool keep, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -114,10 +114,9 @@ def _topk(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("fastcl::contrastive", "CompositeExplicitAutograd")
-def _contrastive(
-    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, backend: str
-) -> tuple[Tensor, ...]:
-    return select("contrastive", _operand(x, dtype), backend).contrastive(x, y, scale, dtype, normalize, both)
+def _contrastive(x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, *args: Any) -> tuple[Tensor, ...]:
+    *flags, backend = args
+    return select("contrastive", _operand(x, dtype), backend).contrastive(x, y, scale, dtype, *flags)
 
 
 @torch.library.impl("fastcl::contrastive_grad", "CompositeExplicitAutograd")
@@ -201,12 +200,20 @@ def _fake_topk(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fastcl::contrastive")
 def _fake_contrastive(
-    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, backend: str
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    dtype: torch.dtype,
+    normalize: bool,
+    both: bool,
+    keep: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     rows, d = x.shape[0] * (1 if y is None else 2), x.shape[1]
     anchors = rows if y is None or both else x.shape[0]
     # ranges of keys are those of _cuda._SHORTEST_RANGE rows, of every backend
-    keys = x.new_empty(rows, dtype=torch.int64 if backend == "native" else torch.int32)
+    is_native = backend == "native" or (backend == "auto" and x.device.type == "cpu")
+    keys = x.new_empty(rows, dtype=torch.int64 if is_native else torch.int32)
     return (
         _new(x, anchors), x.new_empty((rows, d), dtype=dtype), _new(x, rows if normalize else 0), _new(x, rows),
         _new(x, anchors), keys, keys.new_empty(-(-rows // 16), 2),

@@ -178,7 +178,9 @@ def contrastive(
     if not _ops.fuses(q, dtype, forced()):
         return None
     scale = as_tensor(scale, q).to(_compute_dtype(dtype))
-    return apply(_Contrastive, q, None if k is None else _distinct(k, q), scale, forced(), dtype, normalize, both)
+    keep = torch.is_grad_enabled() and (q.requires_grad or y.requires_grad or scale.requires_grad)
+    k = None if k is None else _distinct(k, q)
+    return apply(_Contrastive, q, k, scale, forced(), dtype, normalize, both, keep)
 
 
 def merge_logsumexp(*parts: Tensor) -> Tensor:
@@ -502,10 +504,9 @@ class _Contrastive(torch.autograd.Function):
         scale: Tensor,
         backend: str,
         dtype: torch.dtype,
-        normalize: bool,
-        both: bool,
+        *flags: bool,
     ) -> Tensor:
-        loss, *saved = _ops.contrastive(q, k, scale, dtype, normalize, both, backend)
+        loss, *saved = _ops.contrastive(q, k, scale, dtype, *flags, backend)
         ctx.backend = backend
         ctx.save_for_backward(q, k, scale, *saved)
         return loss
@@ -519,7 +520,7 @@ class _Contrastive(torch.autograd.Function):
         dscale = None
         if want_scale:  # in one set a pair counts for both of its rows; in two, dots of the second follow the first's
             dscale = 0.5 * dots.sum() if k is None else dots[: len(q)].sum()
-        return dq if want_q else None, dk if want_k else None, dscale, None, None, None, None
+        return dq if want_q else None, dk if want_k else None, dscale, *(None,) * 5
 
 
 class _RowDot(torch.autograd.Function):

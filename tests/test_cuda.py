@@ -267,7 +267,7 @@ def test_bits_do_not_depend_on_the_order_of_warps(kernels: ModuleType) -> None:
             row, _ = _cuda.reduce("exp", pairs, False)
             side = (row, torch.ones_like(row))
             results[-1] += (row, *_cuda.grad("exp", pairs, Sides(*side, *side), True, False, True))
-        loss, *saved = _cuda.contrastive(x, y, scale, torch.float16, True, True)
+        loss, *saved = _cuda.contrastive(x, y, scale, torch.float16, True, True, True)
         results[-1] += (loss, *_cuda.contrastive_grad(x, y, scale, torch.ones_like(loss), tuple(saved), True, True))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -373,7 +373,7 @@ def check_contrastive(
     rows, by = raw_rows(b, d, raw, stacked), torch.tensor(scale)
     x, y = (*rows, None)[:2]
     both = both and not stacked
-    loss, *saved = _cuda.contrastive(x, y, by, dtype, normalize, both)
+    loss, *saved = _cuda.contrastive(x, y, by, dtype, normalize, both, True)
     upstream = torch.linspace(1, 2, len(loss)) if grad is None else grad.expand(len(loss))
     dx, dy, dots = _cuda.contrastive_grad(x, y, by, upstream, tuple(saved), True, not stacked)
     assert dx.dtype == raw and saved[0].dtype == dtype
@@ -438,9 +438,9 @@ def test_contrastive_of_zeros_and_nan(kernels: ModuleType) -> None:
         y.index_put((torch.tensor(4), torch.tensor(3)), torch.tensor(torch.nan)),
     ):
         for normalize in (True, False):
-            loss, *saved = _cuda.contrastive(x, bad, by, torch.bfloat16, normalize, True)
+            loss, *saved = _cuda.contrastive(x, bad, by, torch.bfloat16, normalize, True, True)
             assert loss.isnan().sum() == 21 and loss[24].isnan()  # every anchor of x, and the row itself
-    loss, *saved = _cuda.contrastive(x, y, by, torch.bfloat16, True, True)
+    loss, *saved = _cuda.contrastive(x, y, by, torch.bfloat16, True, True, True)
     dx, dy, _ = _cuda.contrastive_grad(x, y, by, torch.ones_like(loss), tuple(saved), True, True)
     assert loss.isfinite().all() and dx[2].eq(0).all() and dx.any(1).sum() == 19 and dy.isfinite().all()
 
@@ -525,7 +525,7 @@ def test_opcheck_contrastive(simulator: ModuleType, monkeypatch: pytest.MonkeyPa
     simulator.seed(0)
     scale = torch.tensor(2.0)
     for x, y in (torch.randn(6, 8), None), (torch.randn(6, 8), torch.randn(6, 8)):
-        args = (x, y, scale, torch.bfloat16, True, y is not None, "native")
+        args = (x, y, scale, torch.bfloat16, True, y is not None, True, "native")
         torch.library.opcheck(_ops.contrastive, args)
         loss, *saved = _ops.contrastive(*args)
         for want_y in {False, y is not None}:

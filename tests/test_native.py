@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastcl
-from fastcl import _measure, _settings, functional
+from fastcl import _measure, _settings, functional, pairwise, reference
 from fastcl.backends import Pairs, Sides, chunked, native
 from fastcl.testing import HOT, LossCase
 
@@ -69,6 +69,97 @@ def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Te
     sides = Sides(lse[0], ups[0], lse[0], ups[0]) if pairs.symmetric else Sides(lse[0], ups[0], lse[1], ups[1])
     dx, dy, row_sum, col_sum = backend.grad(link, pairs, sides, True, both, True)  # type: ignore[attr-defined]
     return [row, col, dx, dy, row_sum, *([] if pairs.symmetric else [col_sum])]
+
+
+def views(b: int, d: int, raw: torch.dtype, stacked: bool) -> list[Tensor]:
+    """Rows of any length, one of them 0, in an order of memory that is nobody's favourite."""
+    generator = torch.Generator().manual_seed(b + d)
+    first = torch.randn(d, b, generator=generator).mul_(torch.linspace(0.5, 2, b)).T
+    second = first + torch.randn(d, b, generator=generator).T
+    first[2 % b] = 0.0
+    return [t.to(raw) for t in ([torch.cat([first, second])] if stacked else [first, second])]
+
+
+@pytest.mark.parametrize("scale", [6.0, 700.0])
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("raw", "dtype", "limit"),
+    [
+        (torch.float32, torch.float32, 2e-6),
+        (torch.float32, torch.bfloat16, 4e-3),
+        (torch.float32, torch.float16, 2e-6),  # multiplied, and weighed, in fp32
+        (torch.bfloat16, torch.bfloat16, 4e-3),
+        (torch.float16, torch.float16, 5e-4),
+    ],
+)
+def test_contrastive(raw: torch.dtype, dtype: torch.dtype, limit: float, stacked: bool, scale: float) -> None:
+    """Losses, gradients of raw rows and of the scale, against the formulas in fp64 of the rows as they are rounded."""
+    for normalized in (True, False):
+        for both in {False, not stacked}:
+            rows, by = views(235, 41, raw, stacked), torch.tensor(scale)
+            if not normalized:
+                rows = [normalize(t.float(), dim=1).to(raw) for t in rows]
+            x, y = (*rows, None)[:2]
+            loss, *saved = native.contrastive(x, y, by, dtype, normalized, both, True)
+            limit = max(limit, 2e-8 * scale)  # what fp32 leaves of so large a logit
+            up = torch.linspace(1, 2, len(loss))
+            dx, dy, dots = native.contrastive_grad(x, y, by, up, tuple(saved), True, not stacked)
+            assert dx.dtype == raw and saved[0].dtype == dtype
+
+            exact = [t.double().requires_grad_() for t in rows]
+            unit = [pairwise.l2_normalize(t) for t in exact] if normalized else exact
+            z = saved[0].double().split(len(x))
+            rounded = [u + (ours - u).detach() for u, ours in zip(unit, z, strict=True)]  # and back as if they were not
+            for ours, row in zip(z, unit, strict=True):
+                assert_close(ours, row.detach(), 1e-7 if dtype == torch.float32 else 4e-3)
+            by = by.double().requires_grad_()
+            if stacked:
+                want = reference.nt_xent(rounded[0], temperature=1 / by, normalize=False, reduction="none")
+            else:
+                ways = [rounded, rounded[::-1]][: 1 + both]
+                want = torch.cat(
+                    [reference.info_nce(*way, temperature=1 / by, normalize=False, reduction="none") for way in ways]
+                )
+            grads = torch.autograd.grad((want * up).sum(), [*exact, by])
+            assert_close(loss, want, 1e-6 + 1e-8 * scale, what="loss")
+            for got, g in zip((dx, dy), grads[: len(rows)], strict=False):
+                assert_close(got, g, limit, floor=1e-12)
+            assert_close(0.5 * dots.sum() if stacked else dots[:235].sum(), grads[-1], limit, floor=1e-9, what="scale")
+
+
+def test_contrastive_of_a_pair_that_has_no_negatives() -> None:
+    x = views(1, 8, torch.float32, True)[0]
+    loss, *saved = native.contrastive(x, None, torch.tensor(3.0), torch.float32, True, False, True)
+    dx, _, dots = native.contrastive_grad(x, None, torch.tensor(3.0), torch.ones(2), tuple(saved), True, False)
+    assert not loss.any() and not dx.any() and not dots.any()
+
+
+def test_contrastive_of_nan() -> None:
+    x, y = views(20, 24, torch.float32, False)
+    y[4, 3] = torch.nan
+    for normalized in (True, False):
+        loss, *_ = native.contrastive(x, y, torch.tensor(3.0), torch.float32, normalized, True, False)
+        assert loss.isnan().sum() == 21 and loss[24].isnan()  # every anchor of x, and the row itself
+
+
+def test_contrastive_pays_for_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are kept only where a gradient follows, one gradient is computed alone, and is the same then."""
+    kept: list[bool] = []
+    real = native._reduce
+    monkeypatch.setattr(native, "_reduce", lambda *args: (kept.append(args[2]), real(*args))[1])
+    q, k = (t.requires_grad_() for t in views(20, 24, torch.float32, False))
+    with fastcl.use_backend("native"):
+        both = torch.autograd.grad(functional.clip(q, k, scale=6.0, normalize=True), [q, k])
+        alone = [
+            torch.autograd.grad(functional.clip(q, k.detach(), scale=6.0, normalize=True), q)[0],
+            torch.autograd.grad(functional.clip(q.detach(), k, scale=6.0, normalize=True), k)[0],
+        ]
+        with torch.no_grad():
+            functional.clip(q, k, scale=6.0, normalize=True)
+        functional.clip(q.detach(), k.detach(), scale=6.0, normalize=True)
+    assert kept == [True, True, True, False, False]
+    for got, want in zip(alone, both, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("link", ["exp", "softplus"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastcl import _ops
-from fastcl.backends import Pairs
+from fastcl.backends import Pairs, native
 
 
 def pairs(masked: bool, symmetric: bool) -> Pairs:
@@ -55,12 +55,15 @@ def test_opcheck_topk() -> None:
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_opcheck_contrastive(stacked: bool, normalize: bool) -> None:
+@pytest.mark.parametrize("backend", ["auto", "native", "triton"])
+def test_opcheck_contrastive(backend: str, stacked: bool, normalize: bool) -> None:
+    if backend != "triton" and native._C is None:
+        pytest.skip("the native module is not built here: fastcl info says why")
     x, y = torch.randn(6, 4), None if stacked else torch.randn(6, 4)
     scale = torch.tensor(2.0)
     for both in {False, not stacked}:
-        args = (x, y, scale, torch.float32, normalize, both, "triton")
+        args = (x, y, scale, torch.float32, normalize, both, True, backend)
         torch.library.opcheck(_ops.contrastive, args)
         loss, *saved = _ops.contrastive(*args)
         for want in [(True, not stacked), (True, False)]:
-            torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, *want, "triton"))
+            torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, *want, backend))

@@ -12,7 +12,7 @@ and may have more, each of which ``chunked`` or the kernels above replace where 
     reduce_grad(link, pairs, want_dx, want_dy, want_sums) -> (row, dx, dy, row_sum) | None     # one pass for two
     normalize(x) -> (unit, length)
     normalize_grad(x, length, grad) -> dx
-    contrastive(x, y, scale, dtype, normalize, both) -> (loss, *saved)            # raw rows to losses
+    contrastive(x, y, scale, dtype, normalize, both, keep) -> (loss, *saved)      # raw rows to losses
     contrastive_grad(x, y, scale, grad, saved, want_x, want_y) -> (dx, dy, dots)
 
 ``op`` is one of ``OPS``, or the name of one of these: a module that has one for some rows only says so in

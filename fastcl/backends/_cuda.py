@@ -256,7 +256,7 @@ def family(device: torch.device) -> str:
 
 
 def contrastive(
-    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, keep: bool
 ) -> tuple[Tensor, ...]:
     one_set = y is None
     b, d = len(x) // 2 if one_set else len(x), x.shape[1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _settings
-from . import Pairs, Sides, _cuda, chunked
+from . import Pairs, Sides, _cuda, chunked, unit_pairs
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -67,10 +67,10 @@ def unsupported(op: str, x: Tensor) -> str | None:
         return status()
     if x.is_cuda:
         return _cuda.unsupported(op, x)
-    if op == "contrastive":
-        return "has no fused contrastive operation on the CPU"
     if x.dtype not in _DTYPES:
         return f"has no kernels for {x.dtype}"
+    if op == "contrastive" and x.dtype == torch.float64:
+        return "has no fused contrastive operation for float64 rows"
     return None
 
 
@@ -80,18 +80,23 @@ def reduce(link: str, pairs: Pairs, both: bool, keep: bool) -> tuple[Tensor, Ten
     if pairs.x.dtype == torch.float64:
         row = _double_reduce(link, pairs)
         return row, _double_reduce(link, pairs.swapped()) if both else row.new_empty(0)
-    call = _Call(pairs)
     row, col = _new(len(pairs.x)), _new(len(pairs.y) if both else 0)
+    _reduce(link, pairs, keep, row, col)
+    return row, col
+
+
+def _reduce(link: str, pairs: Pairs, keep: bool, row: Tensor, col: Tensor) -> None:
+    """Writes the results of rows, and (unless empty) of columns."""
+    call = _Call(pairs)
     with _workspace.borrowed(keep) as workspace:
         room = workspace.open(link, call) if workspace else 0
         packed = workspace.packed if workspace and room else _bytes(call.engine.packed_bytes(False))
         call.engine.pack(packed.data_ptr(), bool(room))
         kept = call.engine.reduce(
-            _LINKS[link], both, call.work(), _workspace.address(room), room, row.data_ptr(), col.data_ptr()
+            _LINKS[link], len(col) > 0, call.work(), _workspace.address(room), room, row.data_ptr(), col.data_ptr()
         )
         if workspace:
             workspace.count = kept
-    return row, col
 
 
 def grad(
@@ -105,8 +110,17 @@ def grad(
             return dx, dx.new_empty(0), row_sum, row_sum.clone()
         dy, col_sum = _double_grad(link, pairs.swapped(), sides.swapped(), want_dy, want_sums)
         return dx, dy, row_sum, col_sum
+    dx, dy, row_sum, col_sum = _grad(link, pairs, sides, want_dx, want_dy, want_sums)
+    d = pairs.x.shape[1]
+    return _narrow(dx, d) if want_dx else dx, _narrow(dy, d) if want_dy else dy, row_sum, col_sum
+
+
+def _grad(
+    link: str, pairs: Pairs, sides: Sides, want_dx: bool, want_dy: bool, want_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for rows that are not fp64; dx and dy have features up to a whole vector."""
     call = _Call(pairs)
-    (m, d), n = pairs.x.shape, len(pairs.y)
+    m, n = len(pairs.x), len(pairs.y)
     dx, dy = (_new(rows, call.engine.wide, wanted=want) for rows, want in ((m, want_dx), (n, want_dy)))
     row_sum, col_sum = (_new(rows, wanted=want_sums) for rows in (m, n))
     side_vectors = [None if t is None else t.contiguous() for t in sides]
@@ -119,7 +133,7 @@ def grad(
             _LINKS[link], *map(_address, side_vectors), call.work(), _workspace.address(kept), kept,
             *map(_address, (dx, dy, row_sum, col_sum)),
         )  # fmt: skip
-    return _narrow(dx, d) if want_dx else dx, _narrow(dy, d) if want_dy else dy, row_sum, col_sum
+    return dx, dy, row_sum, col_sum
 
 
 def reduce_grad(
@@ -152,14 +166,69 @@ def topk(pairs: Pairs, topk: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-contrastive, contrastive_grad = _cuda.contrastive, _cuda.contrastive_grad  # `unsupported` keeps CPU tensors away
+def contrastive(
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, keep: bool
+) -> tuple[Tensor, ...]:
+    if x.is_cuda:
+        return _cuda.contrastive(x, y, scale, dtype, normalize, both, keep)
+    one_set, threads = y is None, torch.get_num_threads()
+    rows = len(x) if one_set else 2 * len(x)
+    half, anchors = rows // 2, rows if one_set or both else rows // 2
+    z, length, positive = _new(rows, x.shape[1], dtype=dtype), _new(rows if normalize else 0), _new(rows)
+    for view, first in _views(x, y):
+        _C.normalize(_rows(view), threads, _DTYPES[dtype], *map(_address, (z[first:], length[first:])))
+    keys = torch.arange(half).repeat(2)
+    lse, loss = _new(anchors), _new(anchors)
+    row, col = (lse, lse[:0]) if one_set else (lse[:half], lse[half:])
+    _reduce("exp", unit_pairs(z, keys, scale, one_set), keep, row, col)
+    _C.losses(
+        _rows(z), float(scale), anchors, lse.data_ptr(), positive.data_ptr(), threads, loss.data_ptr()
+    )  # fmt: skip
+    return loss, z, length, positive, lse, keys, keys.new_zeros(-(-rows // 16), 2)
+
+
+def contrastive_grad(
+    x: Tensor, y: Tensor | None, scale: Tensor, grad: Tensor, saved: tuple[Tensor, ...], want_x: bool, want_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cuda:
+        return _cuda.contrastive_grad(x, y, scale, grad, saved, want_x, want_y)
+    z, length, positive, lse, keys, _ = saved
+    one_set, half, anchors = y is None, len(z) // 2, len(lse)
+    grad = grad.detach().to(torch.float32)
+    if len(grad) > 1 and grad.stride(0):
+        grad = grad.contiguous()
+    of_lse, finite = _new(anchors), _new(anchors)
+    _C.upstreams(
+        anchors, lse.data_ptr(), positive.data_ptr(), grad.data_ptr(), grad.stride(0) if anchors > 1 else 0,
+        of_lse.data_ptr(), finite.data_ptr(),
+    )  # fmt: skip
+    if one_set:
+        sides = Sides(finite, of_lse, finite, of_lse)
+    else:
+        sides = Sides(finite[:half], of_lse[:half], *((finite[half:], of_lse[half:]) if anchors > half else ()))
+    want = (want_x, want_y and not one_set)
+    negatives = _grad("exp", unit_pairs(z, keys, scale, one_set), sides, *want, False)
+    outs = [_new(*x.shape, wanted=w, dtype=x.dtype) for w in want]
+    dots = _new(len(z) if one_set or want[1] else half)
+    for (view, first), w, dz, out in zip(_views(x, y), want, negatives, outs, strict=False):
+        if w:
+            _C.restore(
+                _rows(z), float(scale), _rows(view), _address(length[first:]), first, anchors, of_lse.data_ptr(),
+                dz.data_ptr(), dz.shape[1], torch.get_num_threads(), out.data_ptr(), dots[first:].data_ptr(),
+            )  # fmt: skip
+    return outs[0], outs[1], dots
+
+
+def _views(x: Tensor, y: Tensor | None) -> list[tuple[Tensor, int]]:
+    """Raw rows, and which of the stacked ones they are from."""
+    return [(x.detach(), 0)] if y is None else [(x.detach(), 0), (y.detach(), len(x))]
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         return chunked.normalize(x)
     unit, length = _new(*x.shape, dtype=x.dtype), _new(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    _C.normalize(_rows(x.detach()), torch.get_num_threads(), unit.data_ptr(), length.data_ptr())
+    _C.normalize(_rows(x.detach()), torch.get_num_threads(), _DTYPES[x.dtype], unit.data_ptr(), length.data_ptr())
     return unit, length
 
 
@@ -194,9 +263,9 @@ class _Call:
         self.vectors = tuple(None if t is None else t.detach().contiguous() for t in pairs.vectors)
         self.symmetric, self.scale = pairs.symmetric, float(pairs.scale)
         here = isa(), torch.get_num_threads()
-        self.engine = engine(
-            *map(_rows, self.operands), pairs.symmetric, self.scale, *map(_address, self.vectors), *here
-        )
+        rows = _rows(x)
+        columns = rows if pairs.symmetric else _rows(y)
+        self.engine = engine(rows, columns, pairs.symmetric, self.scale, *map(_address, self.vectors), *here)
         if pairs.guide_x is None or pairs.guide_y is None:
             return
         # The guide is an engine of its own, whose logits have ceilings. It computes as the rows' engine does: in fp64
@@ -283,8 +352,9 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _rows(x: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), _DTYPES[x.dtype], *x.shape, *x.stride()
+def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    (count, depth), (row_stride, col_stride) = x.shape, x.stride()
+    return x.data_ptr(), _DTYPES[x.dtype], count, depth, row_stride, col_stride
 
 
 def _address(t: Tensor | None) -> int:

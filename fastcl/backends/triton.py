@@ -513,7 +513,7 @@ def normalize_grad(x: Tensor, length: Tensor, grad: Tensor) -> Tensor:
 
 @_steps_down
 def contrastive(
-    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool
+    x: Tensor, y: Tensor | None, scale: Tensor, dtype: torch.dtype, normalize: bool, both: bool, keep: bool
 ) -> tuple[Tensor, ...]:
     first, second = _views(x, y)
     b, d = first.shape

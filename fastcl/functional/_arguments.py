@@ -35,6 +35,8 @@ def share(loss: Tensor, rows: int, reduction: str, weight: Tensor | None = None)
     """Sum of the losses of so many rows, ``(rows,)`` or ``()``, or their mean: over a weight, or over the rows."""
     if (across := _across.current()) is not None:
         return across.reduced(loss, rows, reduction, weight)
+    if reduction == "mean" and weight is None and loss.shape == (rows,) and rows:
+        return loss.mean()  # one operator and one node where a sum and a quotient are two
     return loss.sum() if reduction == "sum" else loss.sum() / divisor(rows if weight is None else weight)
 
 
