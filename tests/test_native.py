@@ -124,7 +124,8 @@ def test_contrastive(raw: torch.dtype, dtype: torch.dtype, limit: float, stacked
             assert_close(loss, want, 1e-6 + 1e-8 * scale, what="loss")
             for got, g in zip((dx, dy), grads[: len(rows)], strict=False):
                 assert_close(got, g, limit, floor=1e-12)
-            assert_close(0.5 * dots.sum() if stacked else dots[:235].sum(), grads[-1], limit, floor=1e-9, what="scale")
+            dscale = 0.5 * dots.sum() if stacked else dots[:235].sum()
+            assert_close(dscale, grads[-1], 4 * limit, what="scale")  # terms of either sign
 
 
 def test_contrastive_of_a_pair_that_has_no_negatives() -> None:
