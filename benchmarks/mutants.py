@@ -814,7 +814,7 @@ _CPU = [
         ("tests/test_native.py::test_topk_over_several_tiles[dtype0]",),
     ),
     Mutant(
-        "native", "csrc/normalize.cpp",
+        "native", "csrc/rows.hpp",
         "for (; k < count; k++) chain[0] = combine(chain[0], term(k));",
         "for (; k + 1 < count; k++) chain[0] = combine(chain[0], term(k));",
         "lengths: the last feature is left out where eight do not divide their number",
@@ -822,10 +822,38 @@ _CPU = [
     ),
     Mutant(
         "native", "csrc/normalize.cpp",
-        "T::put((up[k] - unit[k] * dot) * inverse)",
-        "T::put(up[k] * inverse + 0 * dot)",
+        "T::put((up[k] - unit[k] * along) * inverse)",
+        "T::put(up[k] * inverse + 0 * along)",
         "the Jacobian of normalisation has no projection",
         ("tests/test_pairwise.py::test_l2_normalize[dtype1-False-native]",),
+    ),
+    Mutant(
+        "native", "csrc/contrastive.cpp",
+        "for (i64 a = pair; a < anchors; a += half) share",
+        "for (i64 a = pair; a < half; a += half) share",
+        "a positive receives nothing from the anchors of the second view",
+        ("tests/test_native.py::test_contrastive[raw0-dtype0-2e-06-True-6.0]",),
+    ),
+    Mutant(
+        "native", "csrc/contrastive.cpp",
+        "read<R>(x, i, own);  // not as it was rounded",
+        "for (double& u : own) u /= inverse;",
+        "the Jacobian takes the row as it was rounded",
+        ("tests/test_native.py::test_contrastive[raw0-dtype1-0.004-True-6.0]",),
+    ),
+    Mutant(
+        "native", "csrc/contrastive.cpp",
+        "log = std::log1p(std::exp(-std::fabs(s)))",
+        "log = std::log(1 + float(std::exp(-std::fabs(s))))",
+        "easy pairs have no loss",
+        ("tests/test_native.py::test_contrastive_keeps_the_digits_of_easy_pairs",),
+    ),
+    Mutant(
+        "native", "csrc/contrastive.cpp",
+        "anchors.lse[a] == -std::numeric_limits<float>::infinity() ? -anchors.lse[a] : anchors.lse[a]",
+        "anchors.lse[a]",
+        "a row without negatives weighs what it has not",
+        ("tests/test_native.py::test_contrastive_of_a_pair_that_has_no_negatives",),
     ),
 ]  # fmt: skip
 

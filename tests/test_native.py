@@ -135,6 +135,19 @@ def test_contrastive_of_a_pair_that_has_no_negatives() -> None:
     assert not loss.any() and not dx.any() and not dots.any()
 
 
+def test_contrastive_keeps_the_digits_of_easy_pairs() -> None:
+    """Losses of 1e-9, with gradients of that size."""
+    x = torch.eye(6, dtype=torch.float32).repeat(2, 1)
+    by = torch.tensor(22.0)
+    loss, *saved = native.contrastive(x, None, by, torch.float32, False, False, True)
+    dx, _, _ = native.contrastive_grad(x, None, by, torch.ones(12), tuple(saved), True, False)
+    exact = x.double().requires_grad_()
+    want = reference.nt_xent(exact, temperature=1 / by.double(), normalize=False, reduction="none")
+    assert 1e-9 < want.max() < 3e-9
+    assert_close(loss, want, 1e-6)
+    assert_close(dx, torch.autograd.grad(want.sum(), exact)[0], 1e-5)
+
+
 def test_contrastive_of_nan() -> None:
     x, y = views(20, 24, torch.float32, False)
     y[4, 3] = torch.nan

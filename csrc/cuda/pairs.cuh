@@ -12,13 +12,28 @@ constexpr float kLargestShift = 1e30f;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// Whether the pair (i, j) with logit s counts. "Above" a ceiling is asked, not "at most": a NaN reaches the loss.
-__device__ __forceinline__ bool kept(const Pairs& p, int i, int j, float s) {
-  if (!ptx::guard(i < p.m) || !ptx::guard(j < p.n)) return false;
-  if (p.row_ceiling && !ptx::guard(!(s > p.row_ceiling[i]))) return false;
-  if (p.col_ceiling && !ptx::guard(!(s > p.col_ceiling[j]))) return false;
-  if (p.drop_x && !ptx::guard(p.drop_x[i] != p.drop_y[j])) return false;
-  return !p.only_x || ptx::guard(p.only_x[i] == p.only_y[j]);
+// What decides whether a row's pairs count, whatever their logits: whether it is inside, and its keys.
+struct RowRules {
+  bool inside;
+  i64 drop, only;
+
+  __device__ __forceinline__ RowRules(const Pairs& p, int i) : inside(ptx::guard(i < p.m)) {
+    const int at = min(i, p.m - 1);  // where there is something to read
+    drop = p.drop_x ? p.drop_x[at] : 0;
+    only = p.only_x ? p.only_x[at] : 0;
+  }
+  // No condition waits for another, nor a pair for the keys of the pair before.
+  __device__ __forceinline__ bool keep(const Pairs& p, int j) const {
+    const int at = min(j, p.n - 1);
+    return inside & ptx::guard(j < p.n) & ptx::guard(drop != (p.drop_x ? p.drop_y[at] : 1)) &
+           ptx::guard(only == (p.only_x ? p.only_y[at] : 0));
+  }
+};
+
+// Whether a logit counts. "Above" a ceiling is asked, not "at most": a NaN reaches the loss.
+__device__ __forceinline__ bool under_ceilings(const Pairs& p, int i, int j, float s) {
+  if (p.row_ceiling && !ptx::guard(!(s > p.row_ceiling[min(i, p.m - 1)]))) return false;
+  return !p.col_ceiling || ptx::guard(!(s > p.col_ceiling[min(j, p.n - 1)]));
 }
 
 // The least and the largest drop key of some rows, a multiple of kRange of them, all inside the matrix.

@@ -25,6 +25,10 @@ __device__ __forceinline__ float row_bias_of(const Pairs& p, const Logits& to, i
   return p.row_bias && ptx::bound(row < p.m) ? p.row_bias[row] * to.unit : 0.0f;
 }
 
+__device__ __forceinline__ float col_bias_of(const Pairs& p, const Logits& to, int col) {
+  return p.col_bias && ptx::bound(col < p.n) ? p.col_bias[col] * to.unit : 0.0f;
+}
+
 // 2^v on the units that multiply, for v of at most 127; as if v were -126 below that. v is split into a whole number,
 // which becomes an exponent, and a fraction of at most 1/2, whose minimax polynomial errs by 2.7e-6 of the result.
 __device__ __forceinline__ float exp2_by_polynomial(float v) {
@@ -47,31 +51,59 @@ __device__ __forceinline__ float exponential(float v, int index) {
   return ptx::exp2(v);
 }
 
+// Which pairs of this thread its rules keep: a bit for every one of its BN / 4 columns, of each of its two rows. Of a
+// tile without a mask all.
+template <int BN>
+struct Kept {
+  static_assert(BN / 4 <= 32);
+  uint32_t bits[2] = {kAll, kAll};
+
+  __device__ __forceinline__ Kept(const Pairs& p, int row, int col, bool masked) {
+    if (!masked) return;
+    const RowRules rules[2] = {{p, row}, {p, row + 8}};
+    bits[0] = bits[1] = 0;
+#pragma unroll 8
+    for (int i = 0; i < BN / 4; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) bits[h] |= uint32_t(rules[h].keep(p, col + i / 2 * 8 + i % 2)) << i;
+  }
+};
+
 // Adds a tile to the sums of its rows, for this thread's columns, and of its columns, for this thread's rows.
 template <Link L, int BN, int SHARE>
 __device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const float (&s)[BN / 8][4], int row,
                                          int col, float shift, bool masked, bool for_cols, float (&row_total)[2],
                                          float (&col_total)[BN / 8][2]) {
+  if (L == Link::exp && to.plain && !masked) {
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int r = row + 8 * h;
-    const float row_bias = row_bias_of(p, to, r), offset = row_bias - shift;
-    row_total[h] = 0.0f;
-    if (L == Link::exp && to.plain && !masked) {
+    for (int h = 0; h < 2; h++) {
+      const float offset = row_bias_of(p, to, row + 8 * h) - shift;
+      row_total[h] = 0.0f;
 #pragma unroll
       for (int i = 0; i < BN / 4; i++) {
         const float v = exponential<SHARE>(fmaf(s[i / 2][2 * h + i % 2], to.factor, offset), i);
         row_total[h] += v;
         if (for_cols) col_total[i / 2][i % 2] += v;
       }
-      continue;
     }
+    return;
+  }
+  const Kept<BN> kept(p, row, col, masked);
+  const bool ceilings = p.row_ceiling || p.col_ceiling;
+  float row_bias[2];
 #pragma unroll
-    for (int i = 0; i < BN / 4; i++) {
-      const int c = col + i / 2 * 8 + i % 2;
-      float v = s[i / 2][2 * h + i % 2] * to.factor + row_bias;
-      if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * to.unit : 0.0f;
-      const bool forgotten = masked && !kept(p, r, c, v);
+  for (int h = 0; h < 2; h++) {
+    row_bias[h] = row_bias_of(p, to, row + 8 * h);
+    row_total[h] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < BN / 4; i++) {
+    const int c = col + i / 2 * 8 + i % 2;
+    const float col_bias = col_bias_of(p, to, c);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float v = s[i / 2][2 * h + i % 2] * to.factor + row_bias[h] + col_bias;
+      const bool forgotten = !(kept.bits[h] >> i & 1) || (ceilings && !under_ceilings(p, row + 8 * h, c, v));
       if constexpr (L == Link::exp) {
         // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
         v = v * to.to_base2 - shift;
@@ -145,10 +177,10 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
                                            int row, int col, bool masked, float (&total)[2]) {
   const Pairs& p = side.pairs;
   const bool of_rows = side.sides.row.grad, of_cols = side.sides.col.grad, both = of_rows && of_cols;
+  if (L == Link::exp && to.plain && !masked && of_rows && !(of_cols && balance.wide)) {
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const Side& own = rows.own[h];
-    if (L == Link::exp && to.plain && !masked && of_rows && !(of_cols && balance.wide)) {
+    for (int h = 0; h < 2; h++) {
+      const Side& own = rows.own[h];
       const float offset = rows.bias[h] - (both ? balance.middle : own.lse), mine = both ? own.scaled : own.grad;
 #pragma unroll
       for (int i = 0; i < BN / 4; i++) {
@@ -156,16 +188,22 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
         const float factor = both ? mine + factors[i / 2 * 8 + i % 2] : mine;
         v = exponential<SHARE>(fmaf(v, to.factor, offset), i) * factor;
       }
-      continue;
     }
+    return;
+  }
+  const Kept<BN> kept(p, row, col, masked);
+  const bool ceilings = p.row_ceiling || p.col_ceiling;
 #pragma unroll
-    for (int i = 0; i < BN / 4; i++) {
-      const int at = i / 2 * 8 + i % 2, r = row + 8 * h, c = col + at;
-      float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h];
-      if (p.col_bias) v += ptx::bound(c < p.n) ? p.col_bias[c] * to.unit : 0.0f;
-      const bool forgotten = masked && !kept(p, r, c, v);
+  for (int i = 0; i < BN / 4; i++) {
+    const int at = i / 2 * 8 + i % 2, c = col + at;
+    const float col_bias = col_bias_of(p, to, c);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const Side& own = rows.own[h];
+      float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h] + col_bias;
+      const bool forgotten = !(kept.bits[h] >> i & 1) || (ceilings && !under_ceilings(p, row + 8 * h, c, v));
       if constexpr (L == Link::softplus) {
-        if (side.total && !forgotten) total[h] += softplus(v);
+        if (side.total) total[h] += forgotten ? 0.0f : softplus(v);
         const float upstream = (of_rows ? own.grad : 0.0f) + (of_cols ? factors[at] : 0.0f);
         // with no gradients at all: of the sum over all rows
         v = sigmoid(v) * (of_rows || of_cols ? upstream : balance.gain);
