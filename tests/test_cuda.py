@@ -1,5 +1,6 @@
 """The CUDA C++ kernels, from their own source, on the simulator: ordinary memory, hostile timing, no GPU."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -238,8 +239,24 @@ def test_strips_of_long_rows(
 def test_several_panels_and_splits(symmetric: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of several panels of columns and tiles of rows, whose sums are added to what earlier panels left."""
     monkeypatch.setattr(_cuda, "_SPANS", 2)
-    monkeypatch.setattr(_cuda, "_UNITS", 2)
-    check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 300, 40, torch.bfloat16, False))
+    monkeypatch.setattr(_cuda, "_two_spans", lambda m, n, rows, cols, *_: (3 * rows, 2 * cols))
+    check("exp", one_set(300, 40, torch.bfloat16) if symmetric else two_sets(270, 600, 40, torch.bfloat16, False))
+
+
+@pytest.mark.parametrize("blocks", [3, 132, 264])
+@pytest.mark.parametrize("tiles", [(64, 256, 2), (64, 128, 1), (128, 256, 2)])
+def test_units_keep_every_block_busy_and_parts_few(tiles: tuple[int, int, int], blocks: int) -> None:
+    rows, cols, parts = tiles
+    for m, n in itertools.product((1, 64, 1000, 4096, 100_000), repeat=2):
+        row_span, col_span = _cuda._two_spans(m, n, *tiles, blocks)
+        assert row_span % rows == 0 and col_span % cols == 0
+        row_spans, col_spans = -(-m // row_span), -(-n // col_span)
+        assert parts * col_spans * m + row_spans * n <= 64 * (m + n)
+        rounds = -(-row_spans * col_spans // blocks)
+        least = -(-m // rows) * -(-n // cols) / blocks  # tiles of a block, were they shared out evenly
+        assert rounds * row_span // rows * col_span // cols <= max(2, 1.5 * least), (m, n)
+    # a queue is read once: its panels meet all of a few rows at once
+    assert _cuda._two_spans(1024, 65_536, *tiles, 132)[0] == 1024
 
 
 def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

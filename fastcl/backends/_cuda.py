@@ -14,7 +14,7 @@ of weights. Bounds, and results that need a repair, come from the rows as they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -34,8 +34,8 @@ except ImportError:
 kernels: ModuleType | None = getattr(_C, "cuda", None)
 _LINKS = {"exp": 0, "softplus": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/kernels.hpp numbers them
-_SPANS = 32  # of rows, and of columns
-_UNITS = _SPANS * (_SPANS + 1) // 2
+_SPANS = 32  # of one set, and about as many of two: fp32 parts of sums for every row and column
+_PANEL = 2.5  # tiles of rows that pass in the time in which a panel of columns comes
 _THREADS = 128
 _STRIP = 256  # rows: the height of a strip is a multiple
 _SHORTEST_RANGE = 16  # of keys, of any backend: fakes do not know whose ranges they are
@@ -115,10 +115,8 @@ def _plan(
         units = row_spans * (row_spans + 1) // 2
         row_parts = col_parts = _new(x, parts * row_spans + 1, n)
     else:
-        row_span = _span(m, rows, 24)
-        row_spans = _blocks(m, row_span)
-        col_span = _span(n, cols, _blocks(_UNITS, row_spans))
-        col_spans = _blocks(n, col_span)
+        row_span, col_span = _two_spans(m, n, rows, cols, parts, at_once * processors(call.device))
+        row_spans, col_spans = _blocks(m, row_span), _blocks(n, col_span)
         units = row_spans * col_spans
         row_parts = _new(x, parts * col_spans, m if of_rows else 0)
         col_parts = _new(x, row_spans, n if of_cols else 0)
@@ -457,6 +455,29 @@ def _span(count: int, block: int, most: int) -> int:
     """Rows of one of at most ``most`` equal spans, in whole blocks."""
     blocks = _blocks(count, block)
     return _blocks(blocks, min(blocks, most)) * block
+
+
+@lru_cache(maxsize=1024)
+def _two_spans(m: int, n: int, rows: int, cols: int, parts: int, blocks: int) -> tuple[int, int]:
+    """Rows and columns of the units that so many blocks would be done with first.
+
+    A unit loads each of its panels of columns once, for all of its tiles of rows: few rows against a long queue are one
+    span, or every tile would wait for a panel of its own. Spans of columns leave parts of the sums of every row, which
+    have to stay few.
+    """
+
+    def cuts() -> Iterator[tuple[float, int, int, int]]:  # their time in tiles of rows, and numbers in parts of sums
+        for row_spans in (*range(1, _SPANS + 1), *range(blocks, 5 * blocks, blocks)):
+            row_span = _span(m, rows, row_spans)
+            for rounds in range(5):
+                col_span = _span(n, cols, max(1, rounds * blocks // _blocks(m, row_span)))
+                spans = _blocks(m, row_span), _blocks(n, col_span)
+                numbers = spans[0] * n + parts * spans[1] * m
+                if numbers <= 2 * _SPANS * (m + n):
+                    passes = _blocks(spans[0] * spans[1], blocks) * (col_span // cols)
+                    yield passes * (row_span // rows + _PANEL), numbers, row_span, col_span
+
+    return min(cuts())[2:]
 
 
 def _splits(device: torch.device, programs: int, tiles: int) -> int:
