@@ -13,7 +13,7 @@ from benchmarks.examples import EXAMPLES, ROOT, load
 
 # The figures of detection are losses of detectors and segmentation networks, which have no pairs to shuffle.
 CONTRASTIVE = [example for example in EXAMPLES if example.stem != "detection"]
-STEPS = {"recommender": 200, "detection": 6}
+STEPS = {"recommender": 200, "detection": 10}
 FEW = 60  # steps of the others
 
 # What (first) has to be above what (second), and by how much. By chance it is 1 in 100 for the recommender, 1 in 768

@@ -309,9 +309,9 @@ def kernel_calls(module: Any, dtype: torch.dtype) -> dict[str, Callable[[], tupl
     length = module.normalize(x)[1]
     calls["normalize"] = partial(module.normalize, x)
     calls["normalize_grad"] = lambda: (module.normalize_grad(x, length, x),)
-    if module is triton:
+    if dtype != torch.float64:
         for first, second in ((x[:-1], None), (x, y[:M])):
-            fused = partial(module.contrastive, first, second, scale, dtype, True, True)
+            fused = partial(module.contrastive, first, second, scale, dtype, True, True, True)
             loss, *saved = fused()
             sets = 1 if second is None else 2
             calls |= {

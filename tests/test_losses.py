@@ -283,6 +283,6 @@ def test_views_in_one_half_under_autocast_to_the_other(
     moco = fastcl.MoCoLoss(5, queue_size=12)
     with torch.autocast("cpu", dtype=autocast):
         found = fastcl.NTXentLoss()(*given), moco(given[0], given[1], given[1], given[0])
-    rounded = [l2_normalize(view).to(autocast).float() for view in given]
+    rounded = [l2_normalize(view.float()).to(autocast).float() for view in given]
     assert_close(found[0], fastcl.NTXentLoss(normalize=False)(*rounded), 1e-6)
     assert found[1].isfinite() and moco.queue.pointer == 0

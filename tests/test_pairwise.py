@@ -596,7 +596,7 @@ def test_explain_changes_nothing() -> None:
     assert all(torch.equal(t, before[name]) for name, t in loss.state_dict().items())
     assert q.grad is None
     assert loss.log_scale.grad is None
-    assert "pair_grad" in fastcl.explain(fastcl.NTXentLoss(learn_temperature=True), torch.randn(4, 3))
+    assert "pair_grad" in fastcl.explain(fastcl.DCLLoss(learn_temperature=True), torch.randn(4, 3))
 
 
 def test_explain_says_what_is_there_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,11 +48,11 @@ __device__ __forceinline__ void grad_rows(const GradSide& side, int program) {
       ptx::cp_async_wait<0>();
     __syncthreads();
     const uint32_t tile = tiles + stage * kTileBytes<BN, D>;
+    const int own_col = int(ptx::renewed(col + lane % 4 * 2));
+    const Kept<BN> kept(p, first_row, own_col, needs_mask<BM, BN>(p, row, col));
     float w[BN / 8][4];
     products<T, D, BN>(w, q, tile);
-    const bool masked = needs_mask<BM, BN>(p, row, col);
-    weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, col + lane % 4 * 2,
-                         masked, total);
+    weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, w, first_row, own_col, kept, total);
     add_weights<BN>(w, side.sum, weight_total);
     if (side.out) {
 #pragma unroll

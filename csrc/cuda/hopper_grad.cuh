@@ -107,14 +107,18 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
       for (auto& part : out) ptx::wgmma_keep(part);
     };
 
+    const auto kept_of = [&](int col) {
+      return Kept<BN>(p, own, col + lane % 4 * 2, needs_mask<kBox, BN>(p, group_row, col));
+    };
+
     if (group == 1) pass_turn(group);
+    Kept<BN> kept = kept_of(begin);
     ptx::barrier_wait(rows_full, 0);
     tiles.wait_full();
     turn([&] { multiply(0); });
     for (int col = begin;;) {
-      const bool masked = needs_mask<kBox, BN>(p, group_row, col);
       weigh_tile<L, BN, kShare<D>>(side, to, balance, row_factors, factors + tiles.stage * 2 * BN + lane % 4 * 2, w,
-                                   own, col + lane % 4 * 2, masked, total);
+                                   own, col + lane % 4 * 2, kept, total);
       add_weights<BN>(w, side.sum, weight_total);
 #pragma unroll
       for (int k = 0; k < BN / 16; k++) pack_operand<T>(weights[k], w[2 * k], w[2 * k + 1]);
@@ -125,6 +129,7 @@ __device__ __forceinline__ void grad_rows(const ptx::TensorMap& x, const ptx::Te
         turn([&] { accumulate(weighed.stage); });
         break;
       }
+      kept = kept_of(col);
       tiles.wait_full();
       turn([&] {
         accumulate(weighed.stage);

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
       bool all_kept = false;  // by some tile that counts for the columns
       half.wait_full();
       for (int row = at.first; row < at.stop; row += kBox) {
-        const bool masked = needs_mask<kBox, BN>(p, row, first_col);
+        const int own = row + warp * 16 + lane / 4, own_col = first_col + lane % 4 * 2;
+        const Kept<BN> kept(p, own, own_col, needs_mask<kBox, BN>(p, row, first_col));
         Ring<kTiles> used = tiles;
         float s[BN / 8][4], total[2];
         wait_for_turn(group);
@@ -103,10 +104,9 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
           if (row + kBox >= at.stop) ptx::barrier_arrive(half.empty());
         }
         const bool for_cols = plan.col_parts && !(p.symmetric && !ptx::guard(row < at.col));
-        all_kept |= for_cols && !masked;
-        const int own = row + warp * 16 + lane / 4;
-        add_tile<L, BN, kShare<D>>(p, to, s, own, first_col + lane % 4 * 2, shift, masked, for_cols, total, col_total);
-        across_columns<L>(total, !masked);
+        all_kept |= for_cols && !kept.masked;
+        add_tile<L, BN, kShare<D>>(p, to, s, own, own_col, shift, kept, for_cols, total, col_total);
+        across_columns<L>(total, !kept.masked);
         add_to_rows(plan.row_parts + i64(kComputing * at.j + group) * p.m, total, own, p.m, row < at.visited);
       }
       half.next();

@@ -129,12 +129,12 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
           ptx::wgmma_keep(s[m]);  // one after the other: the numbers of both at once take too many registers
           const int first_row = row + m * kBox, own = first_row + warp * 16 + lane / 4;
           const int own_col = int(ptx::renewed(first_col + lane % 4 * 2));
-          const bool masked = needs_mask<kBox, BN>(p, first_row, first_col);
+          const Kept<BN> kept(p, own, own_col, needs_mask<kBox, BN>(p, first_row, first_col));
           float total[2] = {}, col_total[BN / 8][2] = {};  // of 64 rows: there are no registers for those of a panel
           if constexpr (WEIGHTS) {
             float results[2] = {};  // not wanted
             const RowFactors<L> row_factors(side, to, own, balance);
-            weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, s[m], own, own_col, masked,
+            weigh_tile<L, BN, 0>(side, to, balance, row_factors, factors + lane % 4 * 2, s[m], own, own_col, kept,
                                  results);
             store_weights<T, BN>(strip, p, own, own_col, s[m]);
             add_weights<BN>(s[m], plan.row_parts, total);
@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
 #pragma unroll
               for (int i = 0; i < BN / 2; i++) col_total[i / 4][i % 2] += s[m][i / 4][i % 4];
           } else {
-            all_kept |= for_cols && !masked;
-            add_tile<L, BN, 0>(p, to, s[m], own, own_col, shift, masked, for_cols, total, col_total);
+            all_kept |= for_cols && !kept.masked;
+            add_tile<L, BN, 0>(p, to, s[m], own, own_col, shift, kept, for_cols, total, col_total);
           }
           if (plan.row_parts) {
-            across_columns<WEIGHTS ? Link::softplus : L>(total, !masked);
+            across_columns<WEIGHTS ? Link::softplus : L>(total, !kept.masked);
             add_to_rows(plan.row_parts + i64(kComputing * at.j + group) * p.m, total, own, p.m, row < at.visited);
           }
           if (plan.col_parts) across_rows<BN>(col_total, col_sums + warp * BN, first_row > at.first);

@@ -12,23 +12,12 @@ constexpr float kLargestShift = 1e30f;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// What decides whether a row's pairs count, whatever their logits: whether it is inside, and its keys.
-struct RowRules {
-  bool inside;
-  i64 drop, only;
-
-  __device__ __forceinline__ RowRules(const Pairs& p, int i) : inside(ptx::guard(i < p.m)) {
-    const int at = min(i, p.m - 1);  // where there is something to read
-    drop = p.drop_x ? p.drop_x[at] : 0;
-    only = p.only_x ? p.only_x[at] : 0;
-  }
-  // No condition waits for another, nor a pair for the keys of the pair before.
-  __device__ __forceinline__ bool keep(const Pairs& p, int j) const {
-    const int at = min(j, p.n - 1);
-    return inside & ptx::guard(j < p.n) & ptx::guard(drop != (p.drop_x ? p.drop_y[at] : 1)) &
-           ptx::guard(only == (p.only_x ? p.only_y[at] : 0));
-  }
-};
+// What keeps the pair of a row and a column, whatever its logit: that both are inside, and their keys.
+__device__ __forceinline__ bool inside(const Pairs& p, int i, int j) {
+  return ptx::guard(i < p.m) & ptx::guard(j < p.n);
+}
+__device__ __forceinline__ bool not_dropped(i64 row, i64 col) { return ptx::guard(row != col); }
+__device__ __forceinline__ bool only_one(i64 row, i64 col) { return ptx::guard(row == col); }
 
 // Whether a logit counts. "Above" a ceiling is asked, not "at most": a NaN reaches the loss.
 __device__ __forceinline__ bool under_ceilings(const Pairs& p, int i, int j, float s) {

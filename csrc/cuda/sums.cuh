@@ -37,14 +37,14 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Pairs p, const Sum
         ptx::cp_async_wait<0>();
       }
       __syncthreads();
+      const int own = row + warp * 16 + lane / 4, own_col = at.col + lane % 4 * 2;
+      const Kept<BN> kept(p, own, own_col, needs_mask<BM, BN>(p, row, at.col));
       float s[BN / 8][4], total[2];
       products<T, D, BN>(s, tiles + stage * kTileBytes<BM, D>, panel);
-      const bool masked = needs_mask<BM, BN>(p, row, at.col);
       const bool for_cols = plan.col_parts && !(p.symmetric && !ptx::guard(row < at.col));
-      all_kept |= for_cols && !masked;
-      const int own = row + warp * 16 + lane / 4;
-      add_tile<L, BN, 0>(p, to, s, own, at.col + lane % 4 * 2, shift, masked, for_cols, total, col_total);
-      across_columns<L>(total, !masked);
+      all_kept |= for_cols && !kept.masked;
+      add_tile<L, BN, 0>(p, to, s, own, own_col, shift, kept, for_cols, total, col_total);
+      across_columns<L>(total, !kept.masked);
       add_to_rows(plan.row_parts + i64(at.j) * p.m, total, own, p.m, row < at.visited);
       __syncthreads();  // the tile may be overwritten now
     }

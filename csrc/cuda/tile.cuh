@@ -51,30 +51,53 @@ __device__ __forceinline__ float exponential(float v, int index) {
   return ptx::exp2(v);
 }
 
-// Which pairs of this thread its rules keep: a bit for every one of its BN / 4 columns, of each of its two rows. Of a
-// tile without a mask all.
+// Which pairs of this thread are kept, whatever their logits: a bit for each of its BN / 4 columns, of both of its
+// rows. Found before the tile's products are there, while registers are free and others multiply; no pair waits for the
+// keys of another.
 template <int BN>
 struct Kept {
   static_assert(BN / 4 <= 32);
+  bool masked;  // else all pairs are kept
   uint32_t bits[2] = {kAll, kAll};
 
-  __device__ __forceinline__ Kept(const Pairs& p, int row, int col, bool masked) {
+  __device__ __forceinline__ Kept(const Pairs& p, int row, int col, bool may_forget) : masked(may_forget) {
     if (!masked) return;
-    const RowRules rules[2] = {{p, row}, {p, row + 8}};
-    bits[0] = bits[1] = 0;
-#pragma unroll 8
-    for (int i = 0; i < BN / 4; i++)
+    uint32_t inside = 0;
 #pragma unroll
-      for (int h = 0; h < 2; h++) bits[h] |= uint32_t(rules[h].keep(p, col + i / 2 * 8 + i % 2)) << i;
+    for (int i = 0; i < BN / 4; i++) inside |= uint32_t(ptx::guard(column(col, i) < p.n)) << i;
+#pragma unroll
+    for (int h = 0; h < 2; h++) bits[h] = ptx::guard(row + 8 * h < p.m) ? inside : 0;
+    if (p.drop_x) compare(p, p.drop_x, p.drop_y, row, col, not_dropped);
+    if (p.only_x) compare(p, p.only_x, p.only_y, row, col, only_one);
+  }
+
+ private:
+  static __device__ __forceinline__ int column(int first, int i) { return first + i / 2 * 8 + i % 2; }
+
+  template <class Keep>
+  __device__ __forceinline__ void compare(const Pairs& p, const i64* of_rows, const i64* of_cols, int row, int col,
+                                          Keep keep) {
+    const i64 own[2] = {of_rows[min(row, p.m - 1)], of_rows[min(row + 8, p.m - 1)]};
+    constexpr int kAtOnce = 8;
+#pragma unroll 1
+    for (int i = 0; i < BN / 4; i += kAtOnce) {
+      i64 keys[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) keys[k] = of_cols[min(column(col, i + k), p.n - 1)];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) bits[h] &= ~(uint32_t(!keep(own[h], keys[k])) << (i + k));
+    }
   }
 };
 
 // Adds a tile to the sums of its rows, for this thread's columns, and of its columns, for this thread's rows.
 template <Link L, int BN, int SHARE>
 __device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const float (&s)[BN / 8][4], int row,
-                                         int col, float shift, bool masked, bool for_cols, float (&row_total)[2],
-                                         float (&col_total)[BN / 8][2]) {
-  if (L == Link::exp && to.plain && !masked) {
+                                         int col, float shift, const Kept<BN>& kept, bool for_cols,
+                                         float (&row_total)[2], float (&col_total)[BN / 8][2]) {
+  if (L == Link::exp && to.plain && !kept.masked) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float offset = row_bias_of(p, to, row + 8 * h) - shift;
@@ -88,7 +111,6 @@ __device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const
     }
     return;
   }
-  const Kept<BN> kept(p, row, col, masked);
   const bool ceilings = p.row_ceiling || p.col_ceiling;
   float row_bias[2];
 #pragma unroll
@@ -107,7 +129,7 @@ __device__ __forceinline__ void add_tile(const Pairs& p, const Logits& to, const
       if constexpr (L == Link::exp) {
         // A sum of 0 says that no pair was kept: a kept pair gives at least the smallest number.
         v = v * to.to_base2 - shift;
-        v = masked ? ptx::exp2(v < -126.0f ? -126.0f : v) : ptx::exp2(v);
+        v = kept.masked ? ptx::exp2(v < -126.0f ? -126.0f : v) : ptx::exp2(v);
       } else {
         v = softplus(v);
       }
@@ -174,13 +196,14 @@ struct RowFactors {
 template <Link L, int BN, int SHARE>
 __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& to, const Balance& balance,
                                            const RowFactors<L>& rows, const float* factors, float (&w)[BN / 8][4],
-                                           int row, int col, bool masked, float (&total)[2]) {
+                                           int row, int col, const Kept<BN>& kept, float (&total)[2]) {
   const Pairs& p = side.pairs;
   const bool of_rows = side.sides.row.grad, of_cols = side.sides.col.grad, both = of_rows && of_cols;
-  if (L == Link::exp && to.plain && !masked && of_rows && !(of_cols && balance.wide)) {
+  const bool ceilings = p.row_ceiling || p.col_ceiling;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const Side& own = rows.own[h];
+  for (int h = 0; h < 2; h++) {
+    const Side& own = rows.own[h];
+    if (L == Link::exp && to.plain && !kept.masked && of_rows && !(of_cols && balance.wide)) {
       const float offset = rows.bias[h] - (both ? balance.middle : own.lse), mine = both ? own.scaled : own.grad;
 #pragma unroll
       for (int i = 0; i < BN / 4; i++) {
@@ -188,19 +211,12 @@ __device__ __forceinline__ void weigh_tile(const GradSide& side, const Logits& t
         const float factor = both ? mine + factors[i / 2 * 8 + i % 2] : mine;
         v = exponential<SHARE>(fmaf(v, to.factor, offset), i) * factor;
       }
+      continue;
     }
-    return;
-  }
-  const Kept<BN> kept(p, row, col, masked);
-  const bool ceilings = p.row_ceiling || p.col_ceiling;
 #pragma unroll
-  for (int i = 0; i < BN / 4; i++) {
-    const int at = i / 2 * 8 + i % 2, c = col + at;
-    const float col_bias = col_bias_of(p, to, c);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const Side& own = rows.own[h];
-      float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h] + col_bias;
+    for (int i = 0; i < BN / 4; i++) {
+      const int at = i / 2 * 8 + i % 2, c = col + at;
+      float v = w[i / 2][2 * h + i % 2] * to.factor + rows.bias[h] + col_bias_of(p, to, c);
       const bool forgotten = !(kept.bits[h] >> i & 1) || (ceilings && !under_ceilings(p, row + 8 * h, c, v));
       if constexpr (L == Link::softplus) {
         if (side.total) total[h] += forgotten ? 0.0f : softplus(v);

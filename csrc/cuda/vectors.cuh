@@ -70,13 +70,14 @@ __global__ void __launch_bounds__(kThreads)
 // Log-sum-exp of row i with a running maximum, by a warp: right for any logits, and slow.
 template <Dtype T>
 __device__ float online(const Pairs& p, float scale, int i) {
-  const RowRules rules(p, i);
   float peak = -INFINITY, total = 0.0f;
   for (int j = threadIdx.x % 32; j < p.n; j += 32) {
     float s = 0.0f;
     for (int c = 0; c < p.depth; c++) s += number<T>(p.x, i64(i) * p.depth + c) * number<T>(p.y, i64(j) * p.depth + c);
     s = s * scale + (p.row_bias ? p.row_bias[i] : 0.0f) + (p.col_bias ? p.col_bias[j] : 0.0f);
-    if (!rules.keep(p, j) || !under_ceilings(p, i, j, s)) continue;
+    if (!under_ceilings(p, i, j, s)) continue;
+    if (p.drop_x && !not_dropped(p.drop_x[i], p.drop_y[j])) continue;
+    if (p.only_x && !only_one(p.only_x[i], p.only_y[j])) continue;
     const float higher = s != s ? s : fmaxf(peak, s);
     // equal at first, or both infinite: their difference would be NaN
     total = total * (peak == higher ? 1.0f : ptx::exp2((peak - higher) * kLog2E)) +
