@@ -198,6 +198,12 @@ SECTIONS: dict[str, tuple[Promise, ...]] = {
             command="make sanitize-native",
         ),
         Promise(
+            "9b",
+            "nor by the CUDA kernels in the simulator",
+            "the same, and with every bound left out in turn, which it must see",
+            command="make sanitize-cuda",
+        ),
+        Promise(
             "10",
             "what lay in memory before changes no bit",
             "deterministic algorithms, with NaN in what is not initialised",
