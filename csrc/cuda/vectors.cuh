@@ -101,7 +101,15 @@ template <Dtype T, Link L>
 __device__ __forceinline__ void finish_rows(const FinishSide& side, const float* bounds, int i, int room) {
   const Pairs& p = side.pairs;
   float total = 0.0f;
-  for (int part = 0; ptx::bound(i < p.m) && part < side.count; part++) total += side.parts[i64(part) * p.m + i];
+  constexpr int kAtOnce = 16;  // parts, which wait for memory together
+  for (int part = 0; ptx::bound(i < p.m) && part < side.count; part += kAtOnce) {
+    float sums[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++)
+      sums[k] = ptx::bound(part + k < side.count) ? side.parts[i64(part + k) * p.m + i] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) total += sums[k];
+  }
   if constexpr (L == Link::exp) {
     const float scale = *p.scale, shift = constant_shift(bounds, scale, room);
     // Terms below the smallest number were lost: together up to 2^-126 n, to be below 2^-24 of the sum.

@@ -35,7 +35,8 @@ kernels: ModuleType | None = getattr(_C, "cuda", None)
 _LINKS = {"exp": 0, "softplus": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/kernels.hpp numbers them
 _SPANS = 32  # of one set, and about as many of two: fp32 parts of sums for every row and column
-_PANEL = 2.5  # tiles of rows that pass in the time in which a panel of columns comes
+# Estimates, in the time of a tile: of a panel of columns that comes, of a part of sums that is added in the end.
+_PANEL, _PART = 2.5, 0.05
 _THREADS = 128
 _STRIP = 256  # rows: the height of a strip is a multiple
 _SHORTEST_RANGE = 16  # of keys, of any backend: fakes do not know whose ranges they are
@@ -467,7 +468,7 @@ def _two_spans(m: int, n: int, rows: int, cols: int, parts: int, blocks: int) ->
     """
 
     def cuts() -> Iterator[tuple[float, int, int, int]]:  # their time in tiles of rows, and numbers in parts of sums
-        for row_spans in (*range(1, _SPANS + 1), *range(blocks, 5 * blocks, blocks)):
+        for row_spans in (*range(1, _SPANS + 1), *(blocks * quarters // 4 or 1 for quarters in range(1, 17))):
             row_span = _span(m, rows, row_spans)
             for rounds in range(5):
                 col_span = _span(n, cols, max(1, rounds * blocks // _blocks(m, row_span)))
@@ -475,7 +476,8 @@ def _two_spans(m: int, n: int, rows: int, cols: int, parts: int, blocks: int) ->
                 numbers = spans[0] * n + parts * spans[1] * m
                 if numbers <= 2 * _SPANS * (m + n):
                     passes = _blocks(spans[0] * spans[1], blocks) * (col_span // cols)
-                    yield passes * (row_span // rows + _PANEL), numbers, row_span, col_span
+                    time = passes * (row_span // rows + _PANEL) + _PART * max(spans[0], parts * spans[1])
+                    yield time, numbers, row_span, col_span
 
     return min(cuts())[2:]
 
