@@ -278,11 +278,10 @@ struct Engine::Plan {
   }
 
   // The shift of the exponential link, in units of ln 2, or NaN where none can serve: a value then stays below
-  // 2^126 / n, summed with rows of y below 2^126.
-  double shift() const {
-    const double top = 120 - std::ceil(std::log2(double(std::max<i64>({m, n, 2})))) -
-                       std::max(0., std::ceil(std::log2(std::max(longest_y, 1e-300))));
-    const double shift = std::max(bound_high * LOG2E - top, (bound_low + bound_high) / 2 * LOG2E);
+  // 2^126 / n, and summed with rows of that length below 2^126. A whole number is one in fp32, too.
+  double shift(double length = 1) const {
+    const double top = 120 - std::ceil(std::log2(double(std::max<i64>({m, n, 2})))) - std::ceil(std::log2(length));
+    const double shift = std::ceil(std::max(bound_high * LOG2E - top, (bound_low + bound_high) / 2 * LOG2E));
     return std::fabs(bound_high - bound_low) < 1e5 && std::fabs(shift) < 1e5 ? shift : std::nan("");
   }
 
@@ -438,7 +437,7 @@ bool Engine::reuse(void* buffer) {
 void Engine::bound(void* buffer) {
   Plan& p = *plan_;
   const Lengths longest = *static_cast<Lengths*>(align(buffer));
-  p.longest_y = std::max(longest.x, longest.y);  // dy sums rows of x
+  p.longest_y = longest.y;
   p.bound_high = std::fabs(double(p.pairs.scale)) * longest.x * longest.y;
   p.bound_low = -p.bound_high;
   widen(p.pairs.row_bias, p.m, p.bound_low, p.bound_high);
@@ -570,7 +569,7 @@ void Engine::grad(Link link, Side rows, Side cols, void* work, const void* kept,
 bool Engine::reduce_grad(void* work, float* row, float* dx) {
   Plan& p = *plan_;
   work = align(work);
-  const double shift = p.shift();
+  const double shift = p.shift(std::max(64., p.longest_y));  // the same, and so the same bits, for rows of most lengths
   if (shift != shift) return false;
   std::vector<double> sum(p.m, 0);
   p.walk(

@@ -71,6 +71,24 @@ def run(link: str, pairs: Pairs, backend: object, keep: bool = False) -> list[Te
     return [row, col, dx, dy, row_sum, *([] if pairs.symmetric else [col_sum])]
 
 
+@pytest.mark.parametrize("scale", [20.0, 77.7, -100.0])
+@pytest.mark.parametrize(("m", "n"), [(199, 1), (1, 23), (70, 60)])
+def test_the_unit_of_length_changes_no_bit(m: int, n: int, scale: float) -> None:
+    """Found by the nightly invariants: the shift of the exponents knew the lengths of rows."""
+    pairs = pairs_of(m, n, 51, scale=scale)
+    want = run("exp", pairs, native)
+    one_pass = native.reduce_grad("exp", pairs, True, False, True)  # None where two do it
+    for a, b in ((4.0, 0.5), (32.0, 32.0), (0.25, 8.0), (1 / 32, 1 / 32)):
+        other = pairs._replace(x=pairs.x * a, y=pairs.y * b, scale=pairs.scale / (a * b))
+        row, col, dx, dy, row_sum, col_sum = run("exp", other, native)
+        for got, exact in zip((row, col, dx / b, dy / a, row_sum, col_sum), want, strict=True):
+            assert torch.equal(got, exact)
+        if (found := native.reduce_grad("exp", other, True, False, True)) is None or one_pass is None:
+            assert found is one_pass
+            continue
+        assert torch.equal(found[0], one_pass[0]) and torch.equal(found[1] / b, one_pass[1])
+
+
 def views(b: int, d: int, raw: torch.dtype, stacked: bool) -> list[Tensor]:
     """Rows of any length, one of them 0, in an order of memory that is nobody's favourite."""
     generator = torch.Generator().manual_seed(b + d)
