@@ -146,7 +146,7 @@ def test_contrastive(raw: torch.dtype, dtype: torch.dtype, limit: float, stacked
                 radial = (dx.double() * x.double()).sum(1).abs()
                 assert (radial <= 1e-6 * dx.double().norm(dim=1) * x.double().norm(dim=1) + 1e-36).all()
             dscale = 0.5 * dots.sum() if stacked else dots[:235].sum()
-            assert_close(dscale, grads[-1], 4 * limit, what="scale")  # terms of either sign
+            assert_close(dscale, grads[-1], min(4 * limit, 5e-3), what="scale")  # terms of either sign
 
 
 def test_contrastive_of_a_pair_that_has_no_negatives() -> None:
