@@ -1,5 +1,5 @@
-// Whole rows at a time, in double whatever they are, so that squares of fp32 numbers stay in range. Bodies are static, as
-// kernels.hpp asks.
+// Whole rows at a time, in double whatever they are, so that squares of fp32 numbers stay in range. Bodies are static,
+// as kernels.hpp asks.
 #pragma once
 
 #include <vector>
