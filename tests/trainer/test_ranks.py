@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ CASES = {  # further options, dtype, largest relative distance of the weights
     "clip": (SGD | {"accumulate": 2, "chunk": 5, "text_width": 32}, "float64", 1e-12),
     "simclr, fp32, chunks": (SGD | {"chunk": 8}, "float32", 1e-6),
 }
+# Said by a rank of which the interpreter ends, seen once in some two hundred runs: of a thread of torch's, for those of
+# fastcl are detached, and its group was destroyed before. The launcher then ends the other rank, too; it is run again.
+ABORTED = "terminate called without an active exception"
 
 
 @pytest.mark.parametrize("method", list(CASES))
@@ -50,8 +54,12 @@ def torchrun(folder: Path) -> list[str]:
 def assert_two_are_one(folder: Path, of_one: list[str], of_two: list[str], tolerance: float) -> None:
     """The run of one process ends with the weights and losses of that of two ranks."""
     one, two = folder / "one", folder / "two"
-    two_ranks = [*torchrun(folder), SCRIPT, str(two), *of_two]
-    for code, text in together([[SCRIPT, str(one), *of_one], two_ranks], 120):
+    commands = [[SCRIPT, str(one), *of_one], [*torchrun(folder), SCRIPT, str(two), *of_two]]
+    done = together(commands, 120)
+    if ABORTED in done[1][1]:
+        rmtree(two)
+        done[1] = together(commands[1:], 120)[0]
+    for code, text in done:
         assert code == 0, text[-3000:]
     weights = [torch.load(run / "checkpoint.pt", weights_only=True)["method"] for run in (one, two)]
     for name, want in weights[0].items():
