@@ -12,10 +12,7 @@ constexpr float kLargestShift = 1e30f;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// What keeps the pair of a row and a column, whatever its logit: that both are inside, and their keys.
-__device__ __forceinline__ bool inside(const Pairs& p, int i, int j) {
-  return ptx::guard(i < p.m) & ptx::guard(j < p.n);
-}
+// Whether the keys of a row and a column keep their pair.
 __device__ __forceinline__ bool not_dropped(i64 row, i64 col) { return ptx::guard(row != col); }
 __device__ __forceinline__ bool only_one(i64 row, i64 col) { return ptx::guard(row == col); }
 

@@ -181,9 +181,7 @@ def contrastive(
     lse, loss = _new(anchors), _new(anchors)
     row, col = (lse, lse[:0]) if one_set else (lse[:half], lse[half:])
     _reduce("exp", unit_pairs(z, keys, scale, one_set), keep, row, col)
-    _C.losses(
-        _rows(z), float(scale), anchors, lse.data_ptr(), positive.data_ptr(), threads, loss.data_ptr()
-    )  # fmt: skip
+    _C.losses(_rows(z), float(scale), anchors, lse.data_ptr(), positive.data_ptr(), threads, loss.data_ptr())
     return loss, z, length, positive, lse, keys, keys.new_zeros(-(-rows // 16), 2)
 
 
