@@ -121,7 +121,7 @@ def compile_all(arch: int, dtype: str, few: bool = False) -> list[Compiled]:
     import torch
 
     seen: dict[str, tuple[Any, bool, set[str]]] = {}
-    using = ["", True]
+    using: list[Any] = ["", True]
 
     def note(compiled: Any) -> None:
         # what it was compiled from: the same source with the same arguments has the same hash
@@ -173,7 +173,8 @@ def launch_nothing(arch: int, dtype: str, note: Callable[[Any], None]) -> None:
     backend.unsupported = lambda op, x: None
     backend._by_library = lambda y: False  # our own product of strips, which runs where torch's cannot
     processors = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest GPU of each
-    backend.limits = lambda device: backend.Limits("", divmod(arch, 10), processors[arch])
+    limits = backend.Limits("", (arch // 10, arch % 10), processors[arch])
+    backend.limits = lambda device: limits  # type: ignore[assignment]
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
 
 
@@ -430,7 +431,7 @@ def compile_everything(
     """All kernels, and what could not be compiled, with the compiler's reason: arch, dtype, reason."""
     jobs = [(arch, dtype) for arch in archs for dtype in dtypes if not (arch < 80 and dtype == "tf32")]
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda job: _in_a_process(*job, few), jobs))
+        results = list(pool.map(lambda job: _in_a_process(job[0], job[1], few), jobs))
     rows = [row for result in results if isinstance(result, list) for row in result]
     failed = [
         {"arch": arch, "dtype": dtype, "reason": result}

@@ -217,14 +217,14 @@ def _noting_launches() -> Iterator[set[str]]:
         launch(kernel, *args, **constants)
         names.add(kernel.__name__)
 
-    def noting_cuda(call: Any, kernel: str, blocks: int, *args: Any) -> None:
+    def noting_cuda(call: _cuda._Call, kernel: str, blocks: int, *args: Any) -> None:
         cuda_launch(call, kernel, blocks, *args)
-        wide = "wide_" if kernel == "sums" and call.depth > call.kernels.deepest else ""
+        wide = "wide_" if kernel == "sums" and call.operands.depth > call.kernels.deepest else ""
         own = f"hopper_{wide}{kernel}"
         if blocks:
             names.add(sources[own if _cuda.family(call.device) == "hopper" and own in sources else kernel])
 
-    triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign]
+    triton._launch, _cuda._Call.launch = noting, noting_cuda  # type: ignore[method-assign, assignment]
     try:
         yield names
     finally:
@@ -276,7 +276,7 @@ def main() -> None:
     done = {_key(r) for r in kept}
     shapes = [(*shape, dtype) for shape in SHAPES for dtype in args.dtypes.split(",") if (*shape, dtype) not in done]
     compile_first(shapes, args.workers)
-    machine = {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "ceilings": ceilings()}
+    machine: dict[str, Any] = {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "ceilings": ceilings()}
     with _noting_launches() as launched:
         selftest = _selftest.run()
         mining = _mining_passes()

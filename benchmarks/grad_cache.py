@@ -106,7 +106,7 @@ def measure(build: Callable[[int], tuple[nn.Module, dict[str, Step]]], n: int, r
             loss.backward()
         return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
 
-    calls = {name: lambda step=step: gradient(step) for name, step in steps.items()}  # type: ignore[misc]
+    calls = {name: lambda step=step: gradient(step) for name, step in steps.items()}
     exact = gradient(steps["plain"])
     seconds = interleaved_seconds(calls, rounds=rounds)
     rows = []

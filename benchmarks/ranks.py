@@ -104,7 +104,7 @@ def _peers(group: Any) -> list[Contender]:
     if not missing("lightly"):
 
         def lightly(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-            return original("lightly").NTXentLoss(1 / scale, gather_distributed=world > 1)(x, y)  # type: ignore[no-any-return]
+            return original("lightly").NTXentLoss(1 / scale, gather_distributed=world > 1)(x, y)
 
         found.append(Contender("nt_xent", "lightly, gather_distributed", lightly, _alone("nt_xent")))
     if not missing("pytorch_metric_learning"):
@@ -115,7 +115,7 @@ def _peers(group: Any) -> list[Contender]:
 
             labels = torch.arange(len(x), device=x.device) + rank * len(x)
             loss = DistributedLossWrapper(losses.NTXentLoss(1 / scale))
-            return loss(torch.cat([x, y]), labels.repeat(2))  # type: ignore[no-any-return]
+            return loss(torch.cat([x, y]), labels.repeat(2))
 
         name = "pytorch-metric-learning, DistributedLossWrapper"
         found.append(Contender("nt_xent", name, pml, _alone("nt_xent"), largest=128))
@@ -129,13 +129,13 @@ def _peers(group: Any) -> list[Contender]:
 
             def open_clip(x: Tensor, y: Tensor, scale: Tensor, options: Any = options) -> Tensor:
                 loss = original("open_clip").ClipLoss(**options, rank=rank, world_size=world)
-                return loss(x, y, scale)  # type: ignore[no-any-return]
+                return loss(x, y, scale)
 
             found.append(Contender("clip", name, open_clip, _alone("clip")))
     if not missing("grad_cache"):
 
         def grad_cache(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-            return original("grad_cache").DistributedContrastiveLoss()(scale * x, y)  # type: ignore[no-any-return]
+            return original("grad_cache").DistributedContrastiveLoss()(scale * x, y)
 
         found.append(Contender("info_nce", "GradCache, DistributedContrastiveLoss", grad_cache, _one_way))
     if os.path.isdir(clone("Inf-CLIP")) and world > 1:
@@ -154,7 +154,7 @@ def _inf_cl(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     if clone("Inf-CLIP") not in sys.path:
         sys.path.append(clone("Inf-CLIP"))
     labels = torch.arange(len(x), device=x.device)
-    return import_module("inf_cl").cal_ring_loss(x, y, labels, scale, x.shape[1])  # type: ignore[no-any-return]
+    return import_module("inf_cl").cal_ring_loss(x, y, labels, scale, x.shape[1])
 
 
 class Encoder(nn.Module):
@@ -202,7 +202,7 @@ def measure(contenders: list[Contender], n: int, d: int, dtype: torch.dtype, dev
         return lambda: torch.autograd.grad(contender.over_ranks(*leaves), leaves, allow_unused=True)
 
     steps = {f"{c.loss} {c.name}": step(c) for c in contenders if n <= c.largest}
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, run in steps.items():
         before = bytes_sent()
         run()

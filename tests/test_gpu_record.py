@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.backends import _cuda, native
+from fastcl.backends import Pairs, _cuda, native
 
 gpu = pytest.importorskip("benchmarks.gpu", reason="Triton is not installed")
 
@@ -33,15 +33,16 @@ def test_launches_are_noted_by_the_names_of_the_ledger(monkeypatch: pytest.Monke
     def launch(*_: int) -> None: ...
 
     products = SimpleNamespace(sums=launch, grad=launch, weights=launch, product=launch)
-    kernels = SimpleNamespace(finish=launch, deepest=256)
+    monkeypatch.setattr(_cuda, "kernels", SimpleNamespace(ampere=products, hopper=products, finish=launch, deepest=256))
 
     def launches(family: str, depth: int, *launched: str) -> set[str]:
         monkeypatch.setattr(_cuda, "family", lambda device: family)
-        call: Any = SimpleNamespace(device=torch.device("cpu"), products=products, kernels=kernels, depth=depth)
+        rows = torch.ones(2, depth, dtype=torch.bfloat16)
+        call = _cuda._Call("exp", Pairs(rows, rows, torch.tensor(1.0)))
         with gpu._noting_launches() as names:
             for kernel in launched:
-                _cuda._Call.launch(call, kernel, 1)
-            _cuda._Call.launch(call, "grad", 0)
+                call.launch(kernel, 1)
+            call.launch("grad", 0)
         return {name.removeprefix("csrc/cuda/") for name in names}
 
     assert launches("ampere", 64, "sums", "finish") == {"sums.cu", "vectors.cu"}

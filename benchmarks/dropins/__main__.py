@@ -63,7 +63,7 @@ def skipped(case: Case, n: int, before: dict[str, Any] | None, gigabytes: float,
     if n > case.largest:
         return f"is not tried beyond {case.largest} rows"
     if before is None or "original" not in before["peak_bytes"]:
-        return before and before["skipped"]
+        return None if before is None else str(before["skipped"])
     factor = (n / before["size"]) ** 2
     memory, seconds = before["peak_bytes"]["original"] * factor, before["median_seconds"]["original"] * factor
     return beyond(memory, seconds, gigabytes, limit)
@@ -112,10 +112,10 @@ def main() -> None:
             continue
         sizes: list[dict[str, Any]] = []
         for n in sorted({*map(int, args.rows.split(",")), *([case.largest] if case.largest < 10**9 else [])}):
-            reason = skipped(case, n, sizes[-1] if sizes else None, args.limit_gb, args.limit_seconds)
-            if reason and not case.fused:
+            why = skipped(case, n, sizes[-1] if sizes else None, args.limit_gb, args.limit_seconds)
+            if why and not case.fused:
                 continue  # ours is the original there
-            sizes.append({**measure(case, n, args.dim, args.rounds, not reason), "skipped": reason})
+            sizes.append({**measure(case, n, args.dim, args.rounds, not why), "skipped": why})
             print(name, _line(sizes[-1]), flush=True)
         rows.append(
             {

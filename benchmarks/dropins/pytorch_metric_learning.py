@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import Case, Draw, Problem, original
 
-DISTANCES = {
+DISTANCES: dict[str, dict[str, Any]] = {
     "cosine": {},
     "dot": {"class": "DotProductSimilarity", "normalize_embeddings": False},
     "euclidean": {"class": "LpDistance"},
@@ -27,7 +27,8 @@ def pair(name: str, **options: Any) -> tuple[Any, Any]:
     from fastcl.integrations import pytorch_metric_learning
 
     modules = (pytorch_metric_learning, original("pytorch_metric_learning"))
-    return tuple(getattr(module, name)(**options) for module in modules)  # type: ignore[return-value]
+    ours, theirs = (getattr(module, name)(**options) for module in modules)
+    return ours, theirs
 
 
 def _options(draw: Draw, name: str) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _memory(draw: Draw, name: str) -> Problem:
         loss.reset_queue()
         for batch in batches:
             loss(*batch)
-        return loss(z, labels)  # type: ignore[no-any-return]
+        return loss(z, labels)
 
     return Problem([draw.rows(size)], partial(third, ours), partial(third, theirs))
 
@@ -109,7 +110,7 @@ def _mined(draw: Draw, name: str, miner: str, **options: Any) -> Problem:
 
 def _case(label: str, build: Any, *args: Any, fused: bool = True, largest: int = 10**9, **options: Any) -> Case:
     def of(draw: Draw) -> Problem:
-        return build(draw, *args, **options)  # type: ignore[no-any-return]
+        return build(draw, *args, **options)
 
     return Case("pytorch_metric_learning", label, of, fused, largest)
 

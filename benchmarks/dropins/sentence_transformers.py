@@ -166,7 +166,7 @@ def _contrastive(metric: str) -> Any:
     return build
 
 
-SYMMETRIC = {"directions": BOTH, "partition_mode": "per_direction"}
+SYMMETRIC: dict[str, Any] = {"directions": BOTH, "partition_mode": "per_direction"}
 # of the original every product of rows is a tensor of its own: N x N x D numbers, several times
 LARGEST_GUIDED = 2048
 

@@ -40,6 +40,7 @@ _PANEL, _PART = 2.5, 0.05
 _THREADS = 128
 _STRIP = 256  # rows: the height of a strip is a multiple
 _SHORTEST_RANGE = 16  # of keys, of any backend: fakes do not know whose ranges they are
+_NO_UPSTREAM: Any = ((0, 0, 0), 0)
 _BUILD_REPORT = Path(__file__).parent.parent / "_cuda_build.txt"
 
 
@@ -84,24 +85,29 @@ def reduce(link: str, pairs: Pairs, both: bool) -> tuple[Tensor, Tensor]:
     return row, col
 
 
-def _reduce(call: _Call, row: Tensor, col: Tensor, positive: Tensor | None = None, loss: Tensor | None = None) -> None:
-    """Writes the results of rows and (unless empty) columns; from the logits of partners, the losses of both."""
-    m, n, both = call.m, call.n, len(col) > 0
+def _reduce(
+    call: _Call, row: Tensor, col: Tensor | None, positive: Tensor | None = None, loss: Tensor | None = None
+) -> None:
+    """Writes the results of rows and of columns, if any; from the logits of partners, the losses of both."""
+    m, n, both = call.m, call.n, col is not None and col.shape[0] > 0
     plan, blocks, (row_parts, col_parts) = _plan(call, call.tiles(), True, both)
     room = 126 - (max(m, n) - 1).bit_length()
     call.launch(
         "sums", blocks, call.pairs(), call.operands.dtype, call.link,
         _addresses(call.bounds, row_parts, col_parts), (room, *plan),
     )  # fmt: skip
-    col_loss = loss if loss is None else loss[m:]
-    sides = [
-        (pairs, _addresses(parts, out, positive, losses), (len(parts), _blocks(len(out), _THREADS)))
-        for pairs, parts, out, losses in (
-            (call.pairs(call.rows), row_parts, row, loss), (call.swapped(call.rows), col_parts, col, col_loss)
-        )
-    ]  # fmt: skip
-    blocks = sum(counts[1] for *_, counts in sides)
-    call.launch("finish", blocks, *sides, call.rows.dtype, call.link, _address(call.bounds), room)
+    of_rows = _blocks(m, _THREADS)
+    of_cols = _blocks(n, _THREADS) if both else 0
+    losses = _address(loss)
+    call.launch(
+        "finish", of_rows + of_cols,
+        (call.pairs(call.rows), _addresses(row_parts, row, positive, loss), (row_parts.shape[0], of_rows)),
+        (
+            call.swapped(call.rows), (*_addresses(col_parts, col, positive), losses and losses + 4 * m),
+            (col_parts.shape[0], of_cols),
+        ),
+        call.rows.dtype, call.link, _address(call.bounds), room,
+    )  # fmt: skip
 
 
 def _plan(
@@ -144,19 +150,21 @@ def grad(
     upstream = call.upstreams(sides)
     wanted = (want_dx, want_sums, want_total), (want_dy, want_sums and not pairs.symmetric, False)
     parts = _grad(call, upstream, *wanted)
-    dx, row_sum, total, dy, col_sum, _ = (t if len(t) == 0 else t[0] if len(t) == 1 else t.sum(0) for t in parts)
+    dx, row_sum, total, dy, col_sum, _ = (
+        _new(pairs.x, 0) if t is None else t[0] if len(t) == 1 else t.sum(0) for t in parts
+    )
     return dx, dy, row_sum, row_sum.clone() if pairs.symmetric else col_sum, total
 
 
 def _grad(
     call: _Call, upstream: tuple[Any, Any], of_rows: tuple[bool, bool, bool], of_cols: tuple[bool, bool, bool]
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Gradients, sums of weights and results of rows, then those of columns, where they are wanted: in parts."""
     _, _, rows, cols, _, _ = call.tiles()
     row_blocks, col_blocks = (
         _blocks(count, rows) if any(want) else 0 for count, want in ((call.m, of_rows), (call.n, of_cols))
     )
-    results: list[Tensor] = []
+    results: list[Tensor | None] = []
     sides = []
     for pairs, vectors, count, other, want, blocks in (
         (call.pairs(), upstream, call.m, call.n, of_rows, row_blocks),
@@ -164,7 +172,7 @@ def _grad(
     ):
         splits = _splits(call.device, row_blocks + col_blocks, _blocks(other, cols))
         shapes = ((splits, count, call.rows.depth), (splits, count), (splits, count))
-        parts = [_new(call.tensors[0], *(shape if w else (0,))) for shape, w in zip(shapes, want, strict=True)]
+        parts = [_new(call.tensors[0], *shape) if w else None for shape, w in zip(shapes, want, strict=True)]
         results += parts
         sides.append((pairs, vectors, _addresses(*parts), (blocks, splits)))
     programs = sum(blocks * splits for *_, (blocks, splits) in sides)
@@ -271,7 +279,7 @@ def contrastive(
         call.views(x, y, z, length, positive), _DTYPES[x.dtype], _DTYPES[dtype],
         *_addresses(call.bounds, keys, ranges),
     )  # fmt: skip
-    _reduce(call, *((lse, lse[:0]) if one_set else (lse[:b], lse[b:])), positive, loss)
+    _reduce(call, lse, lse[b:] if both and not one_set else None, positive, loss)
     return loss, z, length, positive, lse, keys, ranges
 
 
@@ -285,25 +293,31 @@ def contrastive_grad(
     want_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, length, positive, lse, keys, ranges = saved
-    b, one_set = len(z) // 2, y is None
+    (rows, d), one_set = z.shape, y is None
+    b = rows // 2
     want_y = want_y and not one_set
     call = _Call("exp", unit_pairs(z, keys, scale, one_set))
     call.ranges = (_address(ranges),) * 2
-    # the anchors of the first view and, where there are any, those of the second
-    first, second = (call.upstream(lse[half], grad[half], positive[half]) for half in (slice(b), slice(b, None)))
-    everything = call.upstream(lse, grad, positive)
-    upstream = (everything, everything) if one_set else (first, second)
+    # the anchors of the first view, which all of them begin with, and those of the second, where there are any
+    first = call.upstream(lse, grad, positive)
+    second = _later(first, b) if lse.shape[0] > b else _NO_UPSTREAM
+    upstream = (first, first) if one_set else (first, second)
     dx_parts, _, _, dy_parts, _, _ = _grad(call, upstream, (want_x, False, False), (want_y, False, False))
     dx = _new(x, *(x.shape if want_x else (0,)), dtype=x.dtype)
     dy = _new(x, *(x.shape if want_y else (0,)), dtype=x.dtype)
-    dots = _new(x, 2 * b if one_set or want_y else b)
-    if one_set:
-        outs = (dx_parts, dx[:b], dots[:b]), (dx_parts[:, b:], dx[b:], dots[b:])
-    else:
-        outs = (dx_parts, dx, dots[:b]), (dy_parts, dy, dots[b:])
-    sides = ((_addresses(*tensors), (len(tensors[0]), 2 * b if one_set else b)) for tensors in outs)
+    dots = _new(x, rows if one_set or want_y else b)
+    pitch = rows if one_set else b
+
+    def side(parts: Tensor | None, out: Tensor, first: int, first_dot: int) -> Any:
+        if parts is None:
+            return (0, 0, 0), (0, pitch)
+        at = _addresses(parts, out, dots)
+        steps = 4 * d * first, out.element_size() * d * first, 4 * first_dot
+        return tuple(map(sum, zip(at, steps, strict=True))), (parts.shape[0], pitch)
+
     call.launch(
-        "restore", _blocks(b, call.kernels.views_rows), call.views(x, y, z, length, positive), (first, second), *sides,
+        "restore", _blocks(b, call.kernels.views_rows), call.views(x, y, z, length, positive), (first, second),
+        side(dx_parts, dx, 0, 0), side(dx_parts, dx, b, b) if one_set else side(dy_parts, dy, 0, b),
         _DTYPES[x.dtype], _DTYPES[z.dtype],
     )  # fmt: skip
     return dx, dy, dots
@@ -384,15 +398,15 @@ class _Call:
     def keep(self, t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         if t is None:
             return None
-        t = t.detach().to(dtype or t.dtype).contiguous()
+        t = (t if dtype is None else t.to(dtype)).contiguous()
         self.tensors.append(t)
         return t
 
     def upstream(self, lse: Tensor | None, grad: Tensor | None, positive: Tensor | None = None) -> Any:
         """Upstream gradients of one side, and what they belong to; one number may stand for those of all rows."""
-        if grad is None or len(grad) == 0:
-            return (0, 0, 0), 0
-        grad = grad.detach().to(torch.float32)
+        if grad is None or grad.shape[0] == 0:
+            return _NO_UPSTREAM
+        grad = grad.to(torch.float32)
         if grad.stride(0):
             grad = grad.contiguous()
         self.tensors.append(grad)
@@ -403,10 +417,11 @@ class _Call:
 
     def views(self, x: Tensor, y: Tensor | None, z: Tensor, length: Tensor, positive: Tensor) -> Any:
         """Raw rows of both views (two tensors, or the halves of one), and what is made of them."""
-        half = len(z) // 2
-        first, second = (x[:half], x[half:]) if y is None else (x, y)
-        rows = (self.keep(_aligned(first)), self.keep(_aligned(second)))
-        return (*_addresses(*rows, z, length, positive), self.reals[0]), (half, self.rows.depth)
+        half, depth = z.shape[0] // 2, self.rows.depth
+        first = _address(self.keep(_aligned(x)))
+        # halves of one tensor are aligned alike: rows have a multiple of 8 features
+        second = first + half * depth * x.element_size() if y is None else _address(self.keep(_aligned(y)))
+        return (first, second, *_addresses(z, length, positive), self.reals[0]), (half, depth)
 
     def find_bounds(self, bounds: bool) -> None:
         """Bounds on what a logit is made of, where they are wanted, and the ranges of the drop keys."""
@@ -443,8 +458,14 @@ class _Call:
             function(*args, blocks, torch.cuda.current_stream().cuda_stream)
 
 
+def _later(upstream: Any, row: int) -> Any:
+    """The same vectors from a row on."""
+    (lse, grad, positive), stride = upstream
+    return (lse + 4 * row, grad + 4 * row * stride, positive + 4 * row), stride
+
+
 def _aligned(x: Tensor) -> Tensor:
-    x = x.detach().contiguous()
+    x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -500,4 +521,5 @@ def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def _address(t: Tensor | None) -> int:
-    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+    """0 where there is nothing, which is torch's answer for a tensor without elements, too."""
+    return 0 if t is None else t.data_ptr()

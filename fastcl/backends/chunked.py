@@ -20,8 +20,8 @@ _TILE_SIDE = {"cpu": 256}  # a tile and its temporaries stay in a core's L2 cach
 _OTHER_TILE_SIDE = 4096  # where a launch costs more than a cache miss
 _TILES_ALIVE = 4  # logits, weights, a temporary, a mask
 
-# oneMKL looks for the code of a function when it is first called. Where torch's threads do that at once, one of them may
-# run code with half of the digits (pytorch/pytorch issue 188792). So each is called here first, of one number: those
+# oneMKL looks for the code of a function when it is first called. Where several of torch's threads do that at once, one
+# may run code of half of the digits (pytorch/pytorch issue 188792). So each is called here first, of one number: those
 # of losses, and the root that optimizers take.
 for _function in (torch.exp, torch.log, torch.sqrt):
     for _dtype in (torch.float32, torch.float64):
