@@ -308,12 +308,11 @@ def contrastive_grad(
     dots = _new(x, rows if one_set or want_y else b)
     pitch = rows if one_set else b
 
-    def side(parts: Tensor | None, out: Tensor, first: int, first_dot: int) -> Any:
+    def side(parts: Tensor | None, out: Tensor, row: int, dot: int) -> Any:  # from that row, and that of the dots, on
         if parts is None:
             return (0, 0, 0), (0, pitch)
-        at = _addresses(parts, out, dots)
-        steps = 4 * d * first, out.element_size() * d * first, 4 * first_dot
-        return tuple(map(sum, zip(at, steps, strict=True))), (parts.shape[0], pitch)
+        at = parts.data_ptr() + 4 * d * row, out.data_ptr() + out.element_size() * d * row, dots.data_ptr() + 4 * dot
+        return at, (parts.shape[0], pitch)
 
     call.launch(
         "restore", _blocks(b, call.kernels.views_rows), call.views(x, y, z, length, positive), (first, second),
