@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .pairwise import add_rows, apply, once_differentiable
+from ._gathered import add_rows
+from .pairwise import apply, once_differentiable
 from .triples import class_runs, distance_grad, distance_tile
 
 _TILE = 2**17  # numbers of a tile of distances, a handful of which live at once: they should stay in the cache

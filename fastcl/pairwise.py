@@ -16,21 +16,20 @@ logits, sums and gradients are fp32 (fp64 for fp64 rows) in any case. Gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _across, _checks, _ops
+from . import _across, _checks, _gathered, _ops
 from ._checks import Scalar, sentence
 from .backends import Pairs, forced
 
 Keys = Tensor | tuple[Tensor, Tensor] | None  # one tensor for both sides, or (row keys, column keys)
 Guide = tuple[Tensor, Tensor, Tensor] | None  # (features of rows, features of columns, limits of rows)
 
-_GATHERED = 2**21  # numbers of gathered rows that live at once
 
 _ONE_DERIVATIVE = (
     "got a second derivative (create_graph=True) through a fused fastcl loss; expected one backward pass. "
@@ -548,34 +547,14 @@ class _GatheredDot(torch.autograd.Function):
         ctx.dtypes = q.dtype, table.dtype
         x, y = q.to(dtype).contiguous(), table.to(dtype).contiguous()
         ctx.save_for_backward(x, y, index)
-        s = x.new_empty(index.shape, dtype=_compute_dtype(dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in _gathered_rows(index, y):
-                s[rows] = (y[index[rows]].to(s.dtype) @ x[rows, :, None].to(s.dtype)).squeeze(2)
-        return s
+        return _gathered.gathered_dot(x, y, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, y, index = ctx.saved_tensors
-        want_q, want_table, *_ = ctx.needs_input_grad
-        dq = x.new_zeros(x.shape, dtype=grad.dtype) if want_q else None
-        dtable = y.new_zeros(y.shape, dtype=grad.dtype) if want_table else None
-        grad = grad.contiguous()
-        for rows in _gathered_rows(index, y):
-            g = grad[rows]
-            if dq is not None:
-                with torch.autocast(x.device.type, enabled=False):
-                    dq[rows] = (g[:, None] @ y[index[rows]].to(g.dtype)).squeeze(1)
-            if dtable is not None:
-                add_rows(dtable, index[rows].flatten(), (g[:, :, None] * x[rows, None].to(g.dtype)).flatten(0, 1))
-        q_dtype, table_dtype = ctx.dtypes
-        return (
-            None if dq is None else dq.to(q_dtype),
-            None if dtable is None else dtable.to(table_dtype),
-            None,
-            None,
-        )
+        want = ctx.needs_input_grad[:2]
+        grads = _gathered.gathered_dot_grad(grad.contiguous(), *ctx.saved_tensors, *want)
+        return *_wanted(grads, want, ctx.dtypes), None, None
 
 
 class _ListedDot(torch.autograd.Function):
@@ -584,47 +563,23 @@ class _ListedDot(torch.autograd.Function):
         ctx.dtypes = q.dtype, k.dtype
         x, y = q.to(dtype).contiguous(), k.to(dtype).contiguous()
         ctx.save_for_backward(x, y, rows, columns)
-        s = x.new_empty(len(rows), dtype=_compute_dtype(dtype))
-        for pairs in _gathered_rows(rows[:, None], y):
-            s[pairs] = (x[rows[pairs]].to(s.dtype) * y[columns[pairs]].to(s.dtype)).sum(1)
-        return s
+        return _gathered.listed_dot(x, y, rows, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, y, rows, columns = ctx.saved_tensors
-        want_q, want_k, *_ = ctx.needs_input_grad
-        dq = x.new_zeros(x.shape, dtype=grad.dtype) if want_q else None
-        dk = y.new_zeros(y.shape, dtype=grad.dtype) if want_k else None
-        for pairs in _gathered_rows(rows[:, None], y):
-            g, i, j = grad[pairs, None], rows[pairs], columns[pairs]
-            if dq is not None:
-                add_rows(dq, i, g * y[j].to(g.dtype))
-            if dk is not None:
-                add_rows(dk, j, g * x[i].to(g.dtype))
-        q_dtype, k_dtype = ctx.dtypes
-        return None if dq is None else dq.to(q_dtype), None if dk is None else dk.to(k_dtype), None, None, None
+        want = ctx.needs_input_grad[:2]
+        grads = _gathered.listed_dot_grad(grad, *ctx.saved_tensors, *want)
+        return *_wanted(grads, want, ctx.dtypes), None, None, None
+
+
+def _wanted(grads: Sequence[Tensor], want: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    return [g.to(dtype) if w else None for g, w, dtype in zip(grads, want, dtypes, strict=True)]
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
     """Of their numbers, contiguous: torch adds in the order of memory, and sums must not depend on strides."""
     return a.contiguous() * b.contiguous()
-
-
-def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows to those of ``total`` that ``index`` names, in a fixed order."""
-    if total.device.type == "cuda":  # of the two, the one that adds in a fixed order there
-        total.index_put_((index,), rows, accumulate=True)
-    else:
-        total.index_add_(0, index, rows)
-
-
-def _gathered_rows(index: Tensor, table: Tensor) -> Iterator[slice]:
-    """Slices of the rows of ``index`` whose gathered rows fit into a chunk."""
-    m, k = index.shape
-    step = max(1, _GATHERED // max(k * table.shape[1], 1))
-    for start in range(0, m, step):
-        yield slice(start, min(start + step, m))
 
 
 class _Normalize(torch.autograd.Function):

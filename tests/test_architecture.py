@@ -23,6 +23,7 @@ LEAVES = {
     "_settings": set(),
     "_checks": set(),
     "_across": set(),
+    "_gathered": set(),
     "grad_cache": {"_checks"},
     "queue": {"_checks"},
 }

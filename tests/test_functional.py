@@ -392,15 +392,18 @@ def test_compiles_as_one_graph(case: LossCase) -> None:
         assert_close(a, b, 1e-5)
 
 
-def test_ten_batch_sizes_compile_at_most_twice() -> None:
+@pytest.mark.parametrize("case", [c for c in CASES if c.compiles], ids=case_id)
+def test_every_batch_size_after_the_second_is_compiled(case: LossCase) -> None:
+    """The graph of the second serves them all: nothing in a formula fixes the number of rows."""
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    loss = fastcl.NTXentLoss(0.2)
+    loss = getattr(functional, case.name)
     compiled = torch.compile(loss, fullgraph=True, backend=graphs)
-    for batch in range(3, 13):
-        z = torch.randn(2 * batch, 8, device=DEVICE, requires_grad=True)
-        (got,), (want,) = (torch.autograd.grad(f(z), z) for f in (compiled, loss))
-        assert_close(got, want, 1e-5)
+    for batch in (5, 6, 7, 9):
+        args, kwargs = case.inputs(batch, 8, device=DEVICE)
+        (_, got), (_, want) = (loss_and_grads(f, args, kwargs) for f in (compiled, loss))
+        for g, w in zip(got, want, strict=True):
+            assert_close(g, w, 1e-5)
     assert graphs.frame_count <= 2
 
 
@@ -468,8 +471,9 @@ def test_whoever_wants_no_gradient_pays_for_none(case: LossCase) -> None:
     assert len({peak_bytes(step) for step in steps}) == 1
     loss, *others = (step() for step in steps)
     assert all(torch.equal(loss, other) and not other.requires_grad for other in others)
-    native.release_workspace()
-    assert peak_bytes(lambda: function(*args, **kwargs)) > peak_bytes(steps[0])  # so that it can be seen
+    if native._C is not None:  # chunked needs no more of a forward whose gradient follows
+        native.release_workspace()
+        assert peak_bytes(lambda: function(*args, **kwargs)) > peak_bytes(steps[0])  # so that it can be seen
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts CPU allocations")

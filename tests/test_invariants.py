@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcl
-from fastcl import _settings, functional, pairwise, triples
+from fastcl import _gathered, _settings, functional, pairwise, triples
 from fastcl.backends import chunked, native
 from fastcl.pairwise import (
     gathered_dot,
@@ -240,7 +240,7 @@ def small_tiles(workspace: int) -> Iterator[None]:
 
     small: list[tuple[Any, str, Any]] = [
         (_settings, "workspace_bytes", workspace), (triples, "_TILE", max(workspace, 1)),
-        (pairwise, "_GATHERED", max(workspace, 1)), (triton, "_STRIPS_FROM", 1), (triton, "_SPANS", 3),
+        (_gathered, "_GATHERED", max(workspace, 1)), (triton, "_STRIPS_FROM", 1), (triton, "_SPANS", 3),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in small:
@@ -751,7 +751,7 @@ def one_place_for_equal_rows(patch: Patch) -> None:
     def wrong(total: Tensor, index: Tensor, rows: Tensor) -> None:
         total[index] = rows
 
-    patch.setattr(pairwise, "add_rows", wrong)
+    patch.setattr(_gathered, "add_rows", wrong)
 
 
 def a_total_with_gradients_of_its_own(patch: Patch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcl import _ops
+from fastcl import _gathered, _ops
 from fastcl.backends import Pairs, native
 
 
@@ -67,3 +67,16 @@ def test_opcheck_contrastive(backend: str, stacked: bool, normalize: bool) -> No
         loss, *saved = _ops.contrastive(*args)
         for want in [(True, not stacked), (True, False)]:
             torch.library.opcheck(_ops.contrastive_grad, (x, y, scale, loss, *saved, *want, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_gathered_rows(dtype: torch.dtype) -> None:
+    x, y = torch.randn(6, 4).to(dtype), torch.randn(5, 4).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    index, rows, columns = torch.randint(5, (6, 3)), torch.randint(6, (7,)), torch.randint(5, (7,))
+    torch.library.opcheck(_gathered.gathered_dot, (x, y, index))
+    torch.library.opcheck(_gathered.listed_dot, (x, y, rows, columns))
+    for want in [(True, True), (True, False), (False, True)]:
+        grads = torch.rand(6, 3, dtype=wide), torch.rand(7, dtype=wide)
+        torch.library.opcheck(_gathered.gathered_dot_grad, (grads[0], x, y, index, *want))
+        torch.library.opcheck(_gathered.listed_dot_grad, (grads[1], x, y, rows, columns, *want))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fastcl
-from fastcl import _ops, backends, pairwise
+from fastcl import _ops, backends
 from fastcl.backends import Pairs, Sides
 from fastcl.pairwise import (
     gathered_dot,
@@ -441,7 +441,7 @@ def test_gathered_dot(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     upstream = torch.randn(M, 5, device=DEVICE)
     exact = torch.autograd.grad(want, (exact_q, exact_table), upstream.double())
     for chunk in (2**21, 200):
-        monkeypatch.setattr(fastcl.pairwise, "_GATHERED", chunk)
+        monkeypatch.setattr(fastcl._gathered, "_GATHERED", chunk)
         got = gathered_dot(q, table, index)
         assert got.dtype == torch.promote_types(dtype, torch.float32)
         assert_close(got, want, 1e-6)
@@ -638,7 +638,7 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_listed_dot(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairwise, "_GATHERED", 40)  # a few pairs at a time
+    monkeypatch.setattr(fastcl._gathered, "_GATHERED", 40)  # a few pairs at a time
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(M, 5, generator=generator).to(DEVICE, dtype).requires_grad_()
     k = torch.randn(N, 5, generator=generator).to(DEVICE, dtype).requires_grad_()

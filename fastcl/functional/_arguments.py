@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def share(loss: Tensor, rows: int, reduction: str, weight: Tensor | None = None)
     """Sum of the losses of so many rows, ``(rows,)`` or ``()``, or their mean: over a weight, or over the rows."""
     if (across := _across.current()) is not None:
         return across.reduced(loss, rows, reduction, weight)
-    if reduction == "mean" and weight is None and loss.shape == (rows,) and rows:
+    if reduction == "mean" and weight is None and loss.ndim == 1 and rows > 0:
         return loss.mean()  # one operator and one node where a sum and a quotient are two
     return loss.sum() if reduction == "sum" else loss.sum() / divisor(rows if weight is None else weight)
 
@@ -43,6 +45,13 @@ def share(loss: Tensor, rows: int, reduction: str, weight: Tensor | None = None)
 def divisor(weight: Tensor | int) -> Tensor | int:
     """By what a sum is divided for a mean: that of no rows is 0."""
     return torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else max(weight, 1)
+
+
+def log_of(count: int, like: Tensor) -> float | Tensor:
+    """Of a number of rows; while torch.compile traces, a tensor: a Python number would fix the number of rows."""
+    if torch.compiler.is_compiling():
+        return torch.full((), count, dtype=like.dtype, device=like.device).log()
+    return math.log(count)
 
 
 def inverse(temperature: Scalar, rows: Tensor) -> Scalar:

@@ -54,15 +54,18 @@ def supcon(
         _checks.count("anchors", anchors, least=0, most=len(z), mend="Omit it for all rows.")
     z = unit(z, normalize)
     scale = inverse(temperature, z)
-    first_rows = slice(anchors)
-    q, k = (z, None) if anchors is None else (z[first_rows], z)
+
+    def of_anchors(of_rows: Tensor) -> Tensor:
+        return of_rows if anchors is None else of_rows.narrow(0, 0, anchors)
+
+    q, k = of_anchors(z), None if anchors is None else z
 
     def keys(of_rows: Tensor) -> Any:
-        return of_rows if k is None else (of_rows[first_rows], of_rows)
+        return of_rows if k is None else (of_anchors(of_rows), of_rows)
 
     order, start, end = class_runs(labels)
     count, first = end - start, order[start]
-    positives = (count - 1)[first_rows]
+    positives = of_anchors(count - 1)
     counted = positives > 0
     if form == "in":
         p = pair_logsumexp(q, k, scale=scale, only=keys(labels), drop=keys(arange(z)))
@@ -71,11 +74,11 @@ def supcon(
     else:
         # The mean over positives of a linear function is a function of the class sum: no matrix is needed.
         rows = operand(z)
-        p = (rows[first_rows] * class_sums(rows, labels)[first_rows]).sum(1) * scale / positives.clamp(min=1)
+        p = (of_anchors(rows) * of_anchors(class_sums(rows, labels))).sum(1) * scale / positives.clamp(min=1)
         # A row with one positive takes the accurate form, whose negatives do not contain that positive.
         lone = count == 2
         n = pair_logsumexp(q, k, scale=scale, drop=keys(torch.where(lone, first, arange(z))))
-        loss = torch.where(lone[first_rows], -logsigmoid(p - n), n - p)
+        loss = torch.where(of_anchors(lone), -logsigmoid(p - n), n - p)
     if base_temperature is not None:
         _checks.scalar("base_temperature", base_temperature, positive=True)
         loss = loss / (scale * base_temperature)

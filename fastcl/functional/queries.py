@@ -102,7 +102,7 @@ def info_nce(
     if label_smoothing:
         # the mean logit of all candidates is linear in them: no matrix is needed
         total = _sum_of_dots(q, columns) + (0 if in_batch else positive / scale)
-        count = len(columns) + (not in_batch)
+        count = len(columns) + (0 if in_batch else 1)
         if extra_negatives is not None:
             total, count = total + _sum_of_dots(q, extra_negatives), count + len(extra_negatives)
         if own is not None:

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from .. import _checks
 from .._checks import Scalar, number, sentence
 from ..pairwise import contrastive, joined, merge_logsumexp, pair_logsumexp, pair_softplus_sum, row_dot
-from ._arguments import arange, inverse, reduced, unit
+from ._arguments import arange, inverse, log_of, reduced, unit
 from .labels import positive_pairs
 
 
@@ -198,7 +198,7 @@ def hard_nt_xent(
     batch = z.shape[0] // 2
     scale = inverse(temperature, z)
     positive = row_dot(z, _later(z, batch)) * scale
-    image, log_count = arange(z) % max(batch, 1), math.log(max(2 * batch - 2, 1))
+    image, log_count = arange(z) % max(batch, 1), log_of(max(2 * batch - 2, 1), positive)
     n = pair_logsumexp(z, scale=(1 + beta) * scale, drop=image)
     if beta:
         n = n - pair_logsumexp(z, scale=beta * scale, drop=image) + log_count
