@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcl
-from fastcl import _gathered, _settings, functional, pairwise, triples
+from fastcl import _gathered, _settings, functional, triples
 from fastcl.backends import chunked, native
 from fastcl.pairwise import (
     gathered_dot,
