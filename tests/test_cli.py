@@ -305,8 +305,8 @@ def test_unknown_words_are_code_2(words: list[str], capsys: pytest.CaptureFixtur
 # All that `import fastcl` imports beside the standard library and what torch has imported already; benchmarks.imports
 # says how long it takes.
 _IMPORTED = {
-    "fastcl", "fastcl._across", "fastcl._checks", "fastcl._explain", "fastcl._ops", "fastcl._settings",
-    "fastcl._version", "fastcl.backends", "fastcl.backends.chunked", "fastcl.functional",
+    "fastcl", "fastcl._across", "fastcl._checks", "fastcl._explain", "fastcl._gathered", "fastcl._ops",
+    "fastcl._settings", "fastcl._version", "fastcl.backends", "fastcl.backends.chunked", "fastcl.functional",
     "fastcl.functional._arguments", "fastcl.functional.labels", "fastcl.functional.pairs",
     "fastcl.functional.queries", "fastcl.functional.views", "fastcl.grad_cache", "fastcl.inspection",
     "fastcl.losses", "fastcl.pairwise", "fastcl.queue", "fastcl.reference", "fastcl.reference._dense",
