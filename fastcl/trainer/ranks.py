@@ -9,6 +9,7 @@ their neighbours within a rank.) The first rank probes, writes and speaks; the c
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from .batchnorm import split_batchnorm
 from .config import TrainConfig
 from .errors import TrainError
 from .method import Method
+
+_LETTING_GO = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -120,4 +123,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
+        # Gloo's threads let go of a tensor a moment after it has arrived, and take Python's lock for that. What follows
+        # keeps the lock while it waits for these threads (torch 2.6), or leaves them to find that Python has ended.
+        time.sleep(_LETTING_GO)
         distributed.destroy_process_group()
