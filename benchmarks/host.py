@@ -3,8 +3,8 @@
 python -m benchmarks.host
 
 Needs no GPU. Tensors are the CPU's, kernels are not run: those of CUDA C++ do nothing, and Triton, which compiles them
-for Hopper, stops before its launcher. Dense losses of so few rows are all overhead, and do run. A launch adds a few
-microseconds to each kernel: of ours there are five in a step, of a dense loss about twenty.
+for Hopper, stops before its launcher. A dense loss of so few rows is all overhead, and does run. Five launches of ours
+are left out of every step, and what a GPU's take is not known here.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         step()
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     changes = [(e.start_ns(), e.nbytes()) for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    trace.profiler = None  # torch 2.6 keeps the trace alive in a cycle, and with it 200 MB for a few hundred tiles
+    trace.profiler = None  # torch 2.6 keeps the trace alive in a cycle, and all events with it
     alive = peak = 0
     for _, change in sorted(changes, key=lambda event: event[0]):
         alive += change
